@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from helpers import filled
-from reading import diffusion_config, fill_generator, from_hf, hf_spec, take
+from reading import diffusion_config, fill_generator, from_hf, gradients, hf_names, hf_spec, hf_tensors, take
 
 from diva_jax import config
 from diva_jax.data import preprocess
@@ -25,31 +25,6 @@ PREFIX = "dcr_"
 HEADS = 4  # Of both towers; the arrays do not tell.
 _GIVEN = ("pixels", "plus/", "text_ids", "vae_noise", "timesteps", "noise", "w/", "stage2/lora/")
 _PROJECTOR = Table("projector", ((r"^norm.", "0."), (r"^fc1.", "1."), (r"^fc2.", "3.")))
-_HEAD = "vision_model.head."
-# Layers of transformers' tower whose name is no rule's.
-_LAYERS = {"visual_projection": "proj", f"{_HEAD}attention.out_proj": "attn_pool/proj"}
-_LAYERS |= {f"{_HEAD}mlp.fc{i}": f"attn_pool/mlp/fc{i}" for i in (1, 2)}
-
-
-def _layer(module: str) -> tuple[str, int | None]:
-    """(our path of a layer of transformers' tower, the part of a fused projection that it is)."""
-    if module in _LAYERS:
-        return _LAYERS[module], None
-    block, _, layer = module.removeprefix("vision_model.encoder.layers.").partition(".")
-    attention = {f"self_attn.{letter}_proj": ("attn/qkv", i) for i, letter in enumerate("qkv")}
-    path, part = (attention | {"self_attn.out_proj": ("attn/proj", None)}).get(layer, (layer.replace(".", "/"), None))
-    return f"blocks/{block}/{path}", part
-
-
-def _adapter(name: str) -> tuple[str, int]:
-    """(our name of a matrix of peft's adapters, its number in a fused projection)."""
-    module, matrix, _ = name.rsplit(".", 2)
-    path, part = _layer(module)
-    return f"vision/{path}/lora/{matrix[-1].lower()}", part or 0
-
-
-def _piece(array, part: int | None):
-    return array if part is None else jnp.split(array, 3, axis=-1)[part]
 
 
 def settings(z, sd, exact: bool = False):
@@ -87,42 +62,16 @@ def objective(z, sd, text_context) -> dcr.Objective:
 
 
 def adapted(z, arrays: dict) -> dict:
-    out = {}
-    for name, value in take(z, "stage2/lora/").items():
-        key, part = _adapter(name)
-        if key in arrays:
-            out.setdefault(key, {})[part] = value.T
-        else:  # The layer whose own forward is never called: its adapter must be without effect.
-            assert ".lora_A." in name or not value.any(), name
-    stacked = {k: jnp.stack([v[i] for i in range(len(v))]) for k, v in out.items()}
-    assert {k: v.shape for k, v in stacked.items()} == {k: a.shape for k, a in arrays.items() if "/lora/" in k}
-    return arrays | stacked
+    given, out = take(z, "stage2/lora/"), {}
+    for name in (n for n in arrays if "/lora/" in n):
+        out[name] = jnp.stack([given.pop(n).T for n in hf_names(name.split("/")[1:])])
+    # The layer whose own forward is never called: its adapter must be without effect.
+    assert not [n for n, a in given.items() if ".lora_B." in n and a.any()]
+    return arrays | out
 
 
-def gradients(z, stage: str, grads: dict) -> np.ndarray:
-    """Those that the file has, concatenated in its order."""
-    projector = {_PROJECTOR.torch_name(tuple(n.split("/")[1:])): n for n in grads if n.startswith("projector/")}
-    out = []
-    for name in take(z, f"{stage}/grad/"):
-        if name.startswith("project_clip."):
-            value = grads[projector[name.removeprefix("project_clip.")]]
-        elif ".lora_" in name:
-            key, part = _adapter(name)
-            value = grads[key][part]
-        else:
-            path, part = _layer(name.rsplit(".", 1)[0])
-            value = _piece(grads[f"vision/{path}/bias"], part)
-        out.append(np.asarray(value).T.ravel())
-    return np.concatenate(out)
-
-
-def merged(z, arrays: dict) -> dict[str, np.ndarray]:
-    out = {}
-    for key in take(z, "stage2/merged/"):
-        path, part = _layer(key.rsplit(".", 1)[0])
-        leaf = "matrix" if path == "proj" else "kernel"
-        out[f"stage2/merged/{key}"] = np.asarray(_piece(arrays[f"{path}/{leaf}"], part)).T
-    return out
+def tower_tensors(arrays: dict) -> dict[str, np.ndarray]:
+    return {n: t for name, a in arrays.items() for n, t in hf_tensors(name.split("/"), a).items()}
 
 
 def compute(z, sd) -> dict[str, np.ndarray]:
@@ -148,13 +97,17 @@ def compute(z, sd) -> dict[str, np.ndarray]:
         rest |= dict(logits_all=found.others, logits_plus=found.plus, logits_target=found.target, losses=found.losses)
         rest |= {k: seen[k] for k in ("embedding", "context", "context_plus")}
         out |= {f"{stage}/{k}": v for k, v in rest.items()}
-        out[f"{stage}/grad"] = gradients(z, stage, grads)
+        ours = tower_tensors({n.removeprefix("vision/"): g for n, g in grads.items() if n.startswith("vision/")})
+        projector = gradients(skeleton, grads, "projector", _PROJECTOR)
+        ours |= {f"project_clip.{n}": g for n, g in projector.items()}
+        out[f"{stage}/grad"] = np.concatenate([ours[n].ravel() for n in take(z, f"{stage}/grad/")])
         if sum(given[n].size for n in active) != out[f"{stage}/grad"].size:
             raise ValueError(f"{stage} trains other parameters than the file has gradients of")
         noise = contrast(seen["predicted"], drawn.noise, jnp.arange(len(pixels)), module.options.temperature)
         out[f"exact/{stage}/loss_epsilon"] = jnp.mean(noise.losses)
         if stage == "stage2":
-            out |= merged(z, partition.disassemble(skeleton.merge(given).towers()["vision"])[1])
+            merged = tower_tensors(partition.disassemble(skeleton.merge(given).towers()["vision"])[1])
+            out |= {f"stage2/merged/{n}": merged[n] for n in take(z, "stage2/merged/")}
     return out | dict(latents=seen["latents"], noisy_latents=seen["noisy"], velocity=seen["goal"])
 
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from helpers import filled
-from reading import differentiate, from_hf, hf_spec, take
+from reading import differentiate, from_hf, gradients, hf_names, hf_spec, hf_tensors, take
 
 from diva_jax import config
 from diva_jax.data import preprocess
@@ -41,7 +41,6 @@ PARTS = ("_grad1", "_stage2")
 HEADS = 4  # Of every vision tower; the arrays do not tell.
 # What a file records and is no result.
 GIVEN = ("meta", "pixels", "draw/", "w/", "lora/", "deep/pixels", "deep/posterior", "a/w/", "deep/w/")
-_LAYERS = {"attn/proj": ("out_proj",), "attn/qkv": ("q_proj", "k_proj", "v_proj"), "mlp/fc1": (), "mlp/fc2": ()}
 
 
 def read_all(path: Path, name: str):
@@ -78,14 +77,6 @@ def settings(arrays, meta, vae: FluxVAEConfig, adapted: bool):
     return c
 
 
-def hf_layer(ours: str) -> list[str]:
-    """The layers of transformers' model of which one of our tower's consists."""
-    if not (m := re.fullmatch(r"blocks/(\d+)/(.*)", ours)):
-        return ["model.visual_projection"]
-    inside = [f"self_attn.{n}" for n in _LAYERS[m[2]]] or [m[2].replace("/", ".")]
-    return [f"model.vision_model.encoder.layers.{m[1]}.{layer}" for layer in inside]
-
-
 def made(arrays, c, encoder: Tensors) -> tuple[partition.Skeleton, dict[str, jax.Array]]:
     module = abstract(lambda rngs: genhancer.Objective(c, rngs=rngs))
     skeleton, _ = partition.disassemble(module)
@@ -96,9 +87,7 @@ def made(arrays, c, encoder: Tensors) -> tuple[partition.Skeleton, dict[str, jax
     for name, (path, _) in skeleton.variables.items():
         part, *inner = path
         if "lora" in inner:
-            *layer, _, leaf = inner
-            layers = hf_layer("/".join(map(str, layer)))
-            out[name] = jnp.stack([jnp.asarray(arrays[f"lora/{n}.lora_{leaf.upper()}"].T) for n in layers])
+            out[name] = jnp.stack([arrays[f"lora/model.{n}".removesuffix(".weight")].T for n in hf_names(inner)])
         else:
             tensors, table = sources[part]
             array = np.asarray(tensors[table.torch_name(tuple(inner))])
@@ -158,14 +147,8 @@ def beside_the_forward(module, pixels, latents, seen, freqs) -> dict:
 
 def generator(key: str, skeleton, grads) -> dict:
     """Gradients of projectors and denoiser under the file's names."""
-    out = {}
-    for name, gradient in grads.items():
-        part, *inner = skeleton.variables[name][0]
-        if part in GENERATOR:
-            prefix, table = GENERATOR[part]
-            gradient = names.to_torch_layout(tuple(inner), np.asarray(gradient))
-            out[f"{key}/{prefix}{table.torch_name(tuple(inner))}"] = gradient
-    return out
+    found = {prefix: gradients(skeleton, grads, part, table) for part, (prefix, table) in GENERATOR.items()}
+    return {f"{key}/{prefix}{n}": g for prefix, of_part in found.items() for n, g in of_part.items()}
 
 
 def stage2(skeleton, module, pixels, grads) -> dict:
@@ -176,13 +159,9 @@ def stage2(skeleton, module, pixels, grads) -> dict:
     out["grad2all/dit_norm"] = np.sqrt(sum(dit))
     for name, gradient in grads.items():
         part, *path = name.split("/")
-        if part == "vision" and path[-2] == "lora":
-            for layer, piece in zip(hf_layer("/".join(path[:-2])), gradient, strict=True):
-                out[f"grad2/{layer}.lora_{path[-1].upper()}"] = piece.T
-        elif part == "vision":
-            layers = hf_layer("/".join(path[:-1]))
-            for layer, piece in zip(layers, jnp.split(gradient, len(layers)), strict=True):
-                out[f"grad2/{layer}.bias"] = piece
+        if part == "vision":
+            tensors = hf_tensors(path, gradient)
+            out |= {f"grad2/model.{n}".removesuffix(".weight"): t for n, t in tensors.items()}
     tower, width = adapters.merge(module.vision), module.spec.width
     out["f2/merged_embed"] = tower.encode(preprocess.normalise(pixels, module.spec.mean, module.spec.std)).pooled
     first = tower.blocks[0].attn.qkv

@@ -39,6 +39,25 @@ def hf_spec(tensors, **fields) -> backbones.Spec:
     return tower_spec(from_hf(tensors, backbones.Spec(arch=arch, layers=len(layers))), arch, **fields)
 
 
+# Our layers of a tower under the names of transformers' and peft's; there a fused projection is three.
+_HF = ((r"^blocks\.", "vision_model.encoder.layers."), (r"^attn_pool\.proj\.", "vision_model.head.attention.out_proj."))
+_HF += ((r"^attn_pool\.", "vision_model.head."), (r"^proj\.(matrix)?", "visual_projection."), (r"\.$", ".weight"))
+_HF += ((r"\.attn\.proj\.", ".self_attn.out_proj."), (r"lora\.a$", "lora_A.weight"), (r"lora\.b$", "lora_B.weight"))
+_HF_TOWER = names.Table("transformers' tower", _HF)
+
+
+def hf_names(path) -> list[str]:
+    """The tensors of transformers' and peft's tower of which a parameter of ours consists, by its path."""
+    name = _HF_TOWER.torch_name(path)
+    return [name.replace(".attn.qkv.", f".self_attn.{x}_proj.") for x in ("qkv" if ".attn.qkv." in name else "q")]
+
+
+def hf_tensors(path, array) -> dict[str, np.ndarray]:
+    """The values of a parameter of our tower under `hf_names`."""
+    found, array = hf_names(path), np.asarray(array)
+    return dict(zip(found, array.swapaxes(1, 2) if "lora" in path else np.split(array.T, len(found)), strict=True))
+
+
 def diffusion_config(sd) -> dict:
     """Returns the sizes of U-Net and VAE, in diffusers' terms, from their state dicts."""
 

@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -13,8 +14,8 @@ from flax import nnx
 from helpers import close, refused
 from PIL import Image
 from places import TESTS
-from specs import CLIP_FOLDER, DINOV2, DINOV2_REG, SIGLIP2_FOLDER, SIGLIP_FOLDER
 from specs import CLIP_FOLDER as CLIP
+from specs import DINOV2, DINOV2_REG, DINOV2_SWIGLU, METACLIP2_FOLDER, SIGLIP2_FOLDER, SIGLIP_FOLDER
 from torch_models import transformers_folder, written_by_open_clip
 
 import diva_jax
@@ -26,9 +27,13 @@ from diva_jax.weights import formats, names, origins, parts
 from diva_jax.weights.export import layouts
 from diva_jax.world import captions, models, scenes
 
-# Kind -> (its Spec, the image processor of transformers).
-MODELS = dict(clip=(CLIP_FOLDER, "CLIP"), siglip=(SIGLIP_FOLDER, "Siglip"), siglip2=(SIGLIP2_FOLDER, "Siglip"))
-MODELS |= dict(dinov2=(DINOV2, "Bit"), dinov2_reg=(DINOV2_REG, "Bit"))
+_TEXTS, _WORDS = np.array([[5, 7, 98] + [0] * 8]), np.arange(10)[None] * 7
+# MetaCLIP 2 pools at the first end token, whose id is not the highest; later tokens have no effect.
+_ENDS = np.array([[0, 7, 98, 2, 1, 1, 1, 1, 1, 1, 1], [0, 95, 2, 2, 1, 1, 1, 1, 1, 1, 1]])
+# Kind -> (its Spec, the image processor of transformers, token ids).
+MODELS = dict(clip=(CLIP, "CLIP", _TEXTS), metaclip2=(METACLIP2_FOLDER, "CLIP", _ENDS))
+MODELS |= dict(siglip=(SIGLIP_FOLDER, "Siglip", _WORDS), siglip2=(SIGLIP2_FOLDER, "Siglip", _WORDS))
+MODELS |= dict(dinov2=(DINOV2, "Bit", None), dinov2_reg=(DINOV2_REG, "Bit", None), swiglu=(DINOV2_SWIGLU, "Bit", None))
 
 
 def processor(kind, spec, rng, seed):
@@ -47,15 +52,22 @@ def processor(kind, spec, rng, seed):
 
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("name", MODELS)
-def test_images(tmp_path, name, seed):
-    spec, kind = MODELS[name]
+def test_images_and_texts(tmp_path, name, seed):
+    """One of two from shards; test_layouts.py has the names of tensors."""
+    spec, kind, ids = MODELS[name]
     kind, rng = getattr(transformers, f"{kind}ImageProcessorPil"), np.random.default_rng(seed)
-    model, prepare = transformers_folder(tmp_path, spec), processor(kind, spec, rng, seed)
+    model, prepare = (
+        transformers_folder(tmp_path, spec, max_shard_size=("1GB", "100KB")[seed]),
+        processor(kind, spec, rng, seed),
+    )
     prepare.save_pretrained(tmp_path)
     image = Image.fromarray(rng.integers(0, 255, (*rng.integers(40, 100, 2), 3), np.uint8))
     with torch.no_grad():
         pixels = prepare(image, return_tensors="pt")["pixel_values"]
         want = getattr(model, "get_image_features", model)(pixel_values=pixels).pooler_output.numpy()
+        if ids is not None:
+            text = weights.load(str(tmp_path), spec, tower="text").encode(jnp.asarray(ids))
+            close(text, model.get_text_features(input_ids=torch.from_numpy(ids)).pooler_output, 2e-5)
     close(diva_jax.load(str(tmp_path)).encode_image([image]), want, 2e-5)
     if spec.arch != "siglip":  # An export keeps the preparation.
         found = origins.open_source(str(tmp_path)).spec
@@ -64,18 +76,18 @@ def test_images(tmp_path, name, seed):
 
 @pytest.mark.parametrize(("option", "value"), json.loads((TESTS / "parity/refused.json").read_text())["preprocessor"])
 def test_preparations_that_are_not_implemented_are_refused(option, value):
-    config, preprocessor = names.transformers_configs(CLIP_FOLDER)
+    config, preprocessor = names.transformers_configs(CLIP)
     says = rf"x/preprocessor_config.json has .*{option}'?="
     refused(says, names.from_transformers, config, preprocessor | {option: value}, "x")
 
 
 def test_older_forms_of_the_configs():
     """Sizes as numbers, and towers in `*_config_dict`."""
-    config, preprocessor = names.transformers_configs(CLIP_FOLDER)
+    config, preprocessor = names.transformers_configs(CLIP)
     old = config | {"vision_config": {}, "text_config": {"hidden_size": 8}}
     old |= {f"{t}_config_dict": config[f"{t}_config"] for t in ("vision", "text")}
     sizes = dict(size=30, crop_size=30, feature_extractor_type="CLIPFeatureExtractor", image_processor_type=None)
-    assert names.from_transformers(old, preprocessor | sizes, "x")[0] == CLIP_FOLDER
+    assert names.from_transformers(old, preprocessor | sizes, "x")[0] == CLIP
 
 
 TEXTS = ["a photo of a cat", "a photo of <cat-toy>", "<CAT-TOY>s and <New>, not <new>", "x<cat-toy>y"]
@@ -91,7 +103,7 @@ def test_added_tokens_of_clip(tmp_path, written):
         theirs.add_special_tokens({"additional_special_tokens": ["<New>"]})
     text = TextSpec(context_length=77, vocab_size=len(theirs), width=48, heads=4, layers=2, mlp_dim=96)
     text = dataclasses.replace(text, pool="eos", eos_id=theirs.eos_token_id)
-    model = transformers_folder(tmp_path, dataclasses.replace(CLIP_FOLDER, text=text))
+    model = transformers_folder(tmp_path, dataclasses.replace(CLIP, text=text))
     if written == "tokenizer.json":
         theirs.save_pretrained(tmp_path)
     else:
