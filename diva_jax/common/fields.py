@@ -28,10 +28,12 @@ _NO_FIELD, _ALL_FIELDS = "the config has no field", "--config=FILE --help lists 
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """What a value must be beside being of the default's type; `sentence` is an end such as "must be at least 1"."""
+    """What a value must be beside being of the default's type; `sentence` is an end such as "must be at least 1", and
+    `values` are all that there are, where they are few."""
 
     holds: Callable[[Any], bool]
     sentence: str
+    values: tuple[Any, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +117,8 @@ def pair(least: float, most: float) -> Rule:
 
 def one_of(*values: Any) -> Rule:
     """These values alone."""
-    return Rule(lambda v: v in values, f"must be {' or '.join(repr(v) if v == '' else str(v) for v in values)}")
+    said = " or ".join(repr(v) if v == "" else str(v) for v in values)
+    return Rule(lambda v: v in values, f"must be {said}", values)
 
 
 def choice(doc: str, default: Any, *others: Any) -> Any:

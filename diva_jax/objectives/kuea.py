@@ -115,7 +115,7 @@ class Objective(contract.Objective):
 
     def __init__(self, config, *, rngs):
         self.spec, self.options = backbones.spec_of(config), parse(KueaOptions, config.kuea, "config.kuea")
-        self.taught_by = self.options.teacher
+        self.taught_by = backbones.check(self.options.teacher, "config.kuea.teacher")
         if self.options.teacher_resize == EXACT and self.options.teacher_crop_from < self.taught_by.image_size:
             given, least = self.options.teacher_crop_from, self.taught_by.image_size
             raise UserError(f"config.kuea.teacher_crop_from={given} must be at least the teacher's image_size, {least}")

@@ -13,7 +13,7 @@ from places import ROOT
 from specs import DINOV2
 
 from diva_jax import config
-from diva_jax.common import config_files
+from diva_jax.common import config_files, fields
 from diva_jax.training import step
 
 
@@ -81,6 +81,26 @@ def test_a_step_changes_what_it_trains_alone_on_any_devices(name):
             for n, a in after[kind].items():
                 close(shared.states[-1][kind][n], a, 1e-3, n)
         assert all(p.abstract_state(0)["ema"][n].sharding == p.arrays[n].sharding for n in p.trained)
+
+
+def choices(name: str) -> list:
+    """(path, value) of every value that a field of an objective's own section may have, if it is one of few."""
+    declared, there = config.declared(name), fields.flatten(config_of(name, {}))
+    own = {path: f for path, f in declared.items() if path.startswith(f"{name}.") and path in there}
+    values = {path: f.rule.values if f.rule else isinstance(f.default, bool) * (True, False) for path, f in own.items()}
+    return [(path, value) for path in own for value in values[path]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", DEVICES)
+def test_every_choice_of_an_objective_can_be_differentiated(name, tmp_path):
+    (tmp_path / "classes.json").write_text(json.dumps(["ring", "cross", "star", "heart"]))
+    for path, value in choices(name):
+        c = config_of(name, {}).unlock()
+        if name == "judge":
+            c.judge.classes = str(tmp_path / "classes.json")
+        c.update_from_flattened_dict({path: value})
+        assert small.program(c).flops().total() > 0, (path, value)
 
 
 REFUSED = json.loads(Path(__file__).with_name("refused.json").read_text())
