@@ -57,11 +57,6 @@ def parameter_shardings(arrays: Mapping, mesh: Mesh, min_shard: int) -> dict[str
     return {n: NamedSharding(mesh, parameter_spec(a.shape, fsdp, min_shard)) for n, a in arrays.items()}
 
 
-def with_shardings(tree, shardings):
-    """Returns a tree of ShapeDtypeStructs with these shardings."""
-    return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), tree, shardings)
-
-
 def name_of(path: tuple) -> str:
     """Returns the name of the parameter at a path."""
     return "/".join(str(p) for p in path)

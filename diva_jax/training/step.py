@@ -202,7 +202,7 @@ class Program:
         self.shardings = partition.parameter_shardings(shapes, mesh, config.mesh.min_shard)
         if not config.mesh.shard_frozen:
             self.shardings |= {n: self.replicated for n in shapes if n not in set(self.trained)}
-        self.arrays = partition.with_shardings(shapes, self.shardings)
+        self.arrays = {n: a.update(sharding=self.shardings[n]) for n, a in shapes.items()}
 
     def init_module(self) -> objectives.Objective:
         """The objective with random weights."""
@@ -247,9 +247,8 @@ class Program:
     def abstract_state(self, stage: int) -> dict:
         """The train state of a stage, as ShapeDtypeStructs with shardings."""
         params = {n: self.arrays[n] for n in self.trained}
-        key = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
-        numbers = {"step": jax.ShapeDtypeStruct((), jnp.int32), "key": key}
-        numbers = partition.with_shardings(numbers, dict.fromkeys(numbers, self.replicated))
+        key = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0))).update(sharding=self.replicated)
+        numbers = {"step": jax.ShapeDtypeStruct((), jnp.int32, sharding=self.replicated), "key": key}
         average = {"ema": params} if self.config.ema.decay else {}
         return {"params": params, "opt": self._abstract_opt(stage), **numbers, **average}
 
@@ -277,9 +276,9 @@ class Program:
 
     def abstract_batch(self) -> dict:
         """One global batch, as ShapeDtypeStructs with shardings."""
-        b, kinds = self.config.batch_size, {n: (i.shape, i.dtype) for n, i in self.objective.inputs.items()}
-        arrays = {n: jax.ShapeDtypeStruct((b, *s), d) for n, (s, d) in (kinds | {"row": ((), jnp.int32)}).items()}
-        return partition.with_shardings(arrays, dict.fromkeys(arrays, self.batch_sharding))
+        kinds = {n: (i.shape, i.dtype) for n, i in self.objective.inputs.items()} | {"row": ((), jnp.int32)}
+        whole = partial(jax.ShapeDtypeStruct, sharding=self.batch_sharding)
+        return {n: whole((self.config.batch_size, *shape), dtype) for n, (shape, dtype) in kinds.items()}
 
     def abstract_frozen(self) -> dict:
         """The parameters that no stage trains, as ShapeDtypeStructs with shardings."""

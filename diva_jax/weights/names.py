@@ -8,6 +8,7 @@ The towers of a backbone have names in open_clip's checkpoints, in tables which 
 ignore the other known ones, and in transformers' models, as each architecture's `TRANSFORMERS` converts them.
 """
 
+import functools
 import json
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from diva_jax.common.errors import UserError, brief, listing
+from diva_jax.common.errors import UserError, brief, explained, listing
 from diva_jax.data import preprocess
 from diva_jax.models import backbones, layers
 from diva_jax.models.backbones import Spec, TextSpec, architecture, architectures
@@ -221,33 +222,29 @@ def _layout(spec: Spec) -> Layout:
 
 
 def _convert(recipe: Recipe, tensors: Mapping[str, Any], to_hf: bool) -> dict[str, Tensor]:
+    """The tensors of one side that hold the rows of the other's, each computed where it is read."""
     names, out = (recipe.open_clip, recipe.hf) if to_hf else (recipe.hf, recipe.open_clip)
-    parts = [tensors[n] for n in names]
-    first = tuple(parts[0].shape)
-    if len(parts) > 1 and (not first or any(tuple(p.shape[1:]) != first[1:] or not p.shape for p in parts)):
-        raise UserError(f"{listing(names)} have shapes that do not fit each other: fetch the file again")
-    shape = first if len(parts) == 1 else (sum(p.shape[0] for p in parts), *first[1:])
-    joint_shape = shape[::-1] if recipe.transposed else shape
-    if recipe.lead and not recipe.transposed:  # Adds the axis in the layout that has it, and removes it in the other.
-        joint_shape = shape[1:] if (recipe.lead > 0) == to_hf else (1, *shape)
+    parts, shares = [tensors[n] for n in names], (1,) * len(out) if to_hf else recipe.shares
 
-    def joint() -> np.ndarray:
-        arrays = [np.asarray(p) for p in parts]
+    def moved(arrays: list[np.ndarray]) -> list[np.ndarray]:
         array = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
-        return array.T if recipe.transposed else array.reshape(joint_shape)
+        if recipe.transposed:
+            array = array.T
+        elif recipe.lead:  # Removes the axis in the layout that has it, and adds it in the other.
+            array = array.reshape(array.shape[1:] if (recipe.lead > 0) == to_hf else (1, *array.shape))
+        if len(out) == 1:
+            return [array]
+        units = array.reshape(sum(shares), -1, *array.shape[1:])
+        return [part.reshape(-1, *array.shape[1:]) for part in np.split(units, np.cumsum(shares)[:-1])]
 
-    if len(out) == 1:
-        return {out[0]: Tensor(joint_shape, parts[0].dtype, joint)}
-    shares = (1,) * len(out) if to_hf else recipe.shares
-    if not joint_shape or joint_shape[0] % sum(shares):
-        raise UserError(f"{names[0]} has the shape {joint_shape}, whose rows do not divide into {listing(out)}")
-    unit, split, start = joint_shape[0] // sum(shares), {}, 0
-    for name, share in zip(out, shares, strict=True):
-        rows = slice(start * unit, (start + share) * unit)
-        shape = (share * unit, *joint_shape[1:])
-        split[name] = Tensor(shape, parts[0].dtype, lambda rows=rows: joint()[rows])
-        start += share
-    return split
+    # Arrays without memory of their own have the shapes of the results.
+    with explained(f"the shapes of {listing(names)} do not fit", "fetch the file again", ValueError, TypeError):
+        shapes = [a.shape for a in moved([np.broadcast_to(False, p.shape) for p in parts])]
+
+    def read(k: int) -> np.ndarray:
+        return moved([np.asarray(p) for p in parts])[k]
+
+    return {name: Tensor(shapes[k], parts[0].dtype, functools.partial(read, k)) for k, name in enumerate(out)}
 
 
 def to_open_clip_names(tensors: Tensors, spec: Spec, source: str) -> Tensors:

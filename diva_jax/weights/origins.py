@@ -215,6 +215,11 @@ def _open_clip_names(tensors: Tensors, where: str) -> Tensors:
     return tensors
 
 
+def tokenizer_files(folder: Path) -> tuple[Path, ...]:
+    """The files of a tokenizer that a folder has."""
+    return tuple(folder / f for f in TOKENIZER_FILES if (folder / f).is_file())
+
+
 def _openai_spec(tensors: Tensors) -> Spec:
     """Returns the Spec of OpenAI's weights: heads of width 64 and QuickGELU, which they do not specify."""
     found = _recognise(tensors).shapes(tensors)
@@ -249,7 +254,7 @@ def open_source(source: str, field: str = "--source") -> ClipSource:
     described = at.is_dir() or at.name.split(".")[0].split("-")[0] in CLIP_STEMS
     tensors = formats.weights_in(at, *CLIP_STEMS) if at.is_dir() else formats.open_file(at)
     where = str(at)
-    tokenizer = tuple(folder / f for f in TOKENIZER_FILES if (folder / f).is_file()) if described else ()
+    tokenizer = tokenizer_files(folder) if described else ()
     if any(name.startswith(tuple(layout.mark for layout in names.layouts())) for name in tensors):
         config, preprocessor = folder / "config.json", folder / "preprocessor_config.json"
         prepared = formats.read_json(preprocessor) if preprocessor.is_file() else {}

@@ -23,7 +23,7 @@ from diva_jax.models.backbones import Spec
 from diva_jax.models.backbones.shared.open_clip_config import OPENAI_VOCABULARY, to_open_clip
 from diva_jax.weights import formats, names, origins, parts
 from diva_jax.weights.formats import Tensor, Tensors
-from diva_jax.weights.origins import TOKENIZER_FILES, ClipSource
+from diva_jax.weights.origins import ClipSource
 
 FORMATS = ("open_clip", "hf", "pt")
 DTYPES = ("float32", "float16", "bfloat16")
@@ -42,9 +42,9 @@ _NONE = {"tokenizer_class": "PreTrainedTokenizerFast"}
 _CLIP = {"tokenizer_class": "CLIPTokenizer"}
 
 
-def _lacks(spec: Spec, files: set[str]) -> str:
-    """What transformers needs beside these files, as a sentence's end; empty where they suffice."""
-    sets = _SUFFICIENT[spec.text.tokenizer]
+def _lacks(source: ClipSource, spec: Spec) -> str:
+    """What transformers needs beside a source's files of a tokenizer, as a sentence's end; empty where they suffice."""
+    sets, files = _SUFFICIENT[spec.text.tokenizer], {f.name for f in source.tokenizer}
     if any(wanted <= files for wanted in sets):
         return ""
     return " or ".join(" with ".join(sorted(wanted, reverse=True)) for wanted in sets)
@@ -55,16 +55,17 @@ def with_tokenizer(source: ClipSource, spec: Spec, folder: str) -> ClipSource:
     if not spec.has_text:
         raise UserError("--tokenizer is for models with a text tower: leave it out, this one has none")
     where = Path(folder).expanduser()
-    if lacks := _lacks(spec, {f.name for f in where.glob("*")}):
+    source = dataclasses.replace(source, tokenizer=origins.tokenizer_files(where))
+    if lacks := _lacks(source, spec):
         raise UserError(f"--tokenizer={folder} has no tokenizer for transformers: it needs {lacks}")
     tokenizers.open_tokenizer(spec.text, where)
-    return dataclasses.replace(source, tokenizer=tuple(where / f for f in TOKENIZER_FILES if (where / f).is_file()))
+    return source
 
 
 def tokenizer_of(source: ClipSource, spec: Spec) -> tokenizers.Tokenizer | None:
     """The tokenizer of a source, as the text tower is evaluated with it, or None; a UserError where its files are
     broken, or it has more tokens than the text tower."""
-    if not spec.has_text or _lacks(spec, {f.name for f in source.tokenizer}):
+    if not spec.has_text or _lacks(source, spec):
         return None
     return tokenizers.open_tokenizer(spec.text, source.tokenizer[0].parent)
 
@@ -72,7 +73,7 @@ def tokenizer_of(source: ClipSource, spec: Spec) -> tokenizers.Tokenizer | None:
 def without_tokenizer(source: ClipSource, spec: Spec, fmt: str) -> str:
     """One sentence for the screen and the card where an export is without a tokenizer; otherwise empty."""
     built_in = fmt == "open_clip" and "hf_tokenizer_name" not in to_open_clip(spec)["model_cfg"]["text_cfg"]
-    if fmt == "pt" or built_in or not spec.has_text or not (lacks := _lacks(spec, {f.name for f in source.tokenizer})):
+    if fmt == "pt" or built_in or not spec.has_text or not (lacks := _lacks(source, spec)):
         return ""
     return (
         f"the export has no tokenizer, since {source.where} has none for transformers ({lacks}): encode texts with "
@@ -97,11 +98,10 @@ def _cast(name: str, t, dtype: np.dtype, where: str) -> Tensor:
         array = np.asarray(t)
         names.check_type(name, array.dtype, where)
         names.check_values(name, array, where)
-        if dtype == np.float16 and array.dtype != np.float16 and np.abs(array).max(initial=0) > 65504:
-            raise UserError("a weight does not fit float16: use --dtype=bfloat16 or float32")
         with np.errstate(over="ignore"):
             narrow = array.astype(dtype, copy=False)
-        names.check_values(name, narrow, f"{where}, rounded to {dtype.name}")
+        if not np.isfinite(narrow).all():
+            raise UserError(f"a weight does not fit {dtype.name}: use --dtype=float32, or bfloat16 in place of float16")
         return narrow
 
     return Tensor(tuple(t.shape), dtype, read)
