@@ -1,5 +1,6 @@
 """Files of a folder, declared as the JSON tables of tests have them."""
 
+import csv
 import json
 import shutil
 from pathlib import Path
@@ -27,8 +28,22 @@ def _patched(value, change):
 
 def _data(content) -> bytes:
     """Text as UTF-8; "PNG" is an image, and [text, more, count] a text with another one many times after it."""
-    text = content if isinstance(content, str) else content[0] + content[1] * content[2]
-    return encoded(7) if text == "PNG" else text.encode(errors="surrogateescape")
+    text = content[0] + content[1] * content[2] if isinstance(content, list) else content
+    return text if isinstance(text, bytes) else encoded(7) if text == "PNG" else text.encode(errors="surrogateescape")
+
+
+def _write_table(path: Path, columns: dict) -> None:
+    """Writes columns, in several parts where the form has parts."""
+    if path.suffix in (".csv", ".tsv"):
+        with open(path, "w", encoding="utf-8", newline="") as f:
+            rows = csv.writer(f, delimiter="\t" if path.suffix == ".tsv" else ",", lineterminator="\n")
+            rows.writerows([columns, *zip(*columns.values(), strict=True)])
+    elif path.suffix == ".parquet":
+        pq.write_table(pa.table(columns), path, row_group_size=3)
+    else:
+        table = pa.table(columns)
+        with pa.OSFile(str(path), "wb") as f, pa.ipc.new_stream(f, table.schema) as writer:
+            writer.write_table(table, max_chunksize=5)
 
 
 def change(root: Path, tree: dict) -> None:
@@ -55,11 +70,7 @@ def change(root: Path, tree: dict) -> None:
             path.write_bytes(_data(content))
         elif path.suffix == ".tar":
             write_tar(path, {member: _data(data) for member, data in content.items()})
-        elif path.suffix == ".parquet":
-            pq.write_table(pa.table(content), path)
-        elif path.suffix == ".arrow":
-            table = pa.table(content)
-            with pa.OSFile(str(path), "wb") as f, pa.ipc.new_stream(f, table.schema) as writer:
-                writer.write_table(table)
+        elif path.suffix in (".csv", ".tsv", ".parquet", ".arrow"):
+            _write_table(path, content)
         else:
             path.write_text(json.dumps(_patched(json.loads(old or "{}"), content)))

@@ -1,6 +1,5 @@
 """The contents of a batch: crops, token ids, captions, texts that differ in one fact, draws of the jittered view."""
 
-import csv
 import dataclasses
 import json
 import logging
@@ -8,9 +7,8 @@ import re
 
 import jax
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
+import trees
 from helpers import failed, refused
 from PIL import Image
 from records import batches, encoded, letters, tags, take, text_of, write_tar
@@ -230,28 +228,22 @@ def write(folder, kind):
     """The records in each form of data; TEXTS[3] is no JSON in the first two, and none of this form in the others."""
     rows = [{"image": f"{i}.png", "caption": f"thing {i}", "texts": t} for i, t in enumerate(TEXTS)]
     metas = [b"{" if row["texts"] == "no JSON" else json.dumps(row).encode() for row in rows]
-    members = {}
-    for i, meta in enumerate(metas):
-        members |= {f"{i}.png": encoded(i), f"{i}.txt": b"a caption", f"{i}.json": meta}
-    write_tar(folder / "a.tar", members)
+    members = {f"{i}.{e}": d for i in range(len(TEXTS)) for e, d in (("png", encoded(i)), ("json", metas[i]))}
+    files, images = {f"files/{name}": data for name, data in members.items()}, [row["image"] for row in rows]
     if kind == "tar":
-        return folder / "a.tar"
-    (folder / "files").mkdir()
-    for name, data in members.items():
-        (folder / "files" / name).write_bytes(data)
-    path = folder / "files" / f"a.{kind}"
-    if kind == "csv":
-        cells = [t if isinstance(t, str) else json.dumps(t) if t else "" for t in TEXTS]
-        with open(path, "w", newline="") as f:
-            csv.writer(f).writerows([("image", "texts"), *((f"{i}.png", cell) for i, cell in enumerate(cells))])
+        files = {"a.tar": members}
+    elif kind == "csv":
+        cells = [json.dumps(t) if isinstance(t, list | dict) else t for t in TEXTS]
+        files["files/a.csv"] = {"image": images, "texts": cells}
     elif kind == "jsonl":
-        path.write_bytes(b"\n\n".join(metas) + b"\n")
+        files["files/a.jsonl"] = b"\n\n".join(metas)
     elif kind == "parquet":
         texts = [[str(x) for x in t] if isinstance(t, list) else t and [str(t)] for t in TEXTS]
         texts[7] = [""]
-        pq.write_table(pa.table({"image": [row["image"] for row in rows], "mine": texts}), path)
-        return f"mix:1={path}?texts=mine"
-    return folder / "files" if kind == "folder" else path
+        files["files/a.parquet"] = {"image": images, "mine": texts}
+    trees.change(folder, files)
+    path = folder / (list(files)[-1] if kind != "folder" else "files")
+    return f"mix:1={path}?texts=mine" if kind == "parquet" else path
 
 
 @pytest.mark.parametrize("kind", ["folder", "tar", "csv", "jsonl", "parquet"])

@@ -1,7 +1,6 @@
 """Data paths: tars, patterns, folders, tables, Hugging Face datasets, tfds, remote stores; errors for invalid ones."""
 
 import concurrent.futures
-import csv
 import importlib.util
 import io
 import json
@@ -164,69 +163,46 @@ def where(i):
     return f"{i}.png" if i % 3 else f"more/{i}.png"
 
 
-def hf_table(images, captions=CAPTIONS, name="image", text="text"):
+def hf(images, captions=CAPTIONS, name="image", text="text"):
     structs = pa.array([{"bytes": data, "path": None} for data in images], HF_IMAGE)
-    return pa.table({"id": list(range(len(images))), name: structs, text: captions})
+    return {"id": range(len(images)), name: structs, text: captions}
 
 
-def write_csv(path, header, rows, separator=","):
-    with open(path, "w", encoding="utf-8", newline="") as f:
-        csv.writer(f, delimiter=separator, lineterminator="\n").writerows([header, *rows])
-    return path
+def on_disk(columns):
+    """What `save_to_disk` writes, with a file that `datasets` leaves in the folder."""
+    names, middle = [f"data-{k:05d}-of-00002.arrow" for k in (0, 1)], (COUNT + 1) // 2
+    parts = [{name: values[part] for name, values in columns.items()} for part in (slice(middle), slice(middle, None))]
+    tree = dict(zip(names, parts, strict=True)) | {"cache-1234.arrow": {"indices": [1]}, "dataset_info.json": "{}"}
+    tree["state.json"] = {"_data_files": [{"filename": n} for n in names]}
+    return {f"saved/{name}": content for name, content in tree.items()}
 
 
-def write_arrow(path, table, rows=5):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with pa.OSFile(str(path), "wb") as f, pa.ipc.new_stream(f, table.schema) as writer:
-        writer.write_table(table, max_chunksize=rows)
+PATHS, IMAGES = [where(i) for i in range(COUNT)], [encoded(i) for i in range(COUNT)]
+ROWS = [json.dumps({"id": i, "path": PATHS[i], "text": CAPTIONS[i]}) for i in range(COUNT)]
+# The same 23 records in each form.
+FORMS = {
+    "csv": {"a.csv": {"image": PATHS, "caption": CAPTIONS}},
+    "tsv": {"a.tsv": {"title": CAPTIONS, "filepath": PATHS}},
+    "jsonl": {"a.jsonl": "\n\n".join(ROWS)},
+    "parquet of paths": {"a.parquet": {"path": PATHS, "caption": CAPTIONS}},
+    "parquet of bytes": {"a.parquet": {"text": CAPTIONS, "jpg": IMAGES}},
+    "parquet folder": {
+        "hf/data/train-00000-of-00002.parquet": hf(IMAGES[:9], CAPTIONS[:9]),
+        "hf/data/train-00001-of-00002.parquet": hf(IMAGES[9:], CAPTIONS[9:]),
+    },
+    "save_to_disk": on_disk(hf(IMAGES)),
+}
 
 
-def save_to_disk(folder, table, shards=2):
-    size = -(-table.num_rows // shards)
-    names = [f"data-{k:05d}-of-{shards:05d}.arrow" for k in range(shards)]
-    for k, name in enumerate(names):
-        write_arrow(folder / name, table.slice(k * size, size))
-    (folder / "state.json").write_text(json.dumps({"_data_files": [{"filename": n} for n in names]}))
-    (folder / "dataset_info.json").write_text("{}")
-    write_arrow(folder / "cache-1234.arrow", pa.table({"indices": [1]}))  # A file that `datasets` leaves in the folder.
+def make(folder, tree):
+    """Writes files; returns the path of the first one, or of its folder."""
+    trees.change(folder, tree)
+    return folder / next(iter(tree)).partition("/")[0]
 
 
-def make(folder, kind):
-    """(path of the same 23 records in each format, its first file)."""
-    images, paths, parquet = [encoded(i) for i in range(COUNT)], list(map(where, range(COUNT))), folder / "a.parquet"
-    if kind == "csv":
-        return write_csv(folder / "a.csv", ("image", "caption"), zip(paths, CAPTIONS, strict=True))
-    if kind == "tsv":
-        return write_csv(folder / "a.tsv", ("title", "filepath"), zip(CAPTIONS, paths, strict=True), "\t")
-    if kind == "semicolons":
-        rows = zip("1" * COUNT, paths, CAPTIONS, strict=True)
-        return write_csv(folder / "a.csv", ("id", "file", "text"), rows, ";")
-    if kind == "jsonl":
-        lines = [json.dumps({"id": i, "path": paths[i], "text": CAPTIONS[i]}) for i in range(COUNT)]
-        (folder / "a.jsonl").write_text("\n\n".join(lines))
-        return folder / "a.jsonl"
-    if kind == "parquet of paths":
-        pq.write_table(pa.table({"path": paths, "caption": CAPTIONS}), parquet)
-        return parquet
-    if kind == "parquet of bytes":
-        pq.write_table(pa.table({"text": CAPTIONS, "jpg": images}), parquet, row_group_size=4)
-        return parquet
-    if kind == "parquet folder":
-        (folder / "hf" / "data").mkdir(parents=True)
-        for k, part in enumerate((slice(0, 9), slice(9, COUNT))):
-            table = hf_table(images[part], CAPTIONS[part])
-            pq.write_table(table, folder / "hf" / "data" / f"train-{k:05d}-of-00002.parquet", row_group_size=3)
-        return folder / "hf"
-    save_to_disk(folder / "saved", hf_table(images))
-    return folder / "saved"
-
-
-KINDS = ("csv", "tsv", "semicolons", "jsonl", "parquet of paths", "parquet of bytes", "parquet folder", "save_to_disk")
-
-
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", FORMS)
 def test_every_form_holds_the_same_records(folder, kind):
-    source = open_source(str(make(folder, kind)))
+    source = open_source(str(make(folder, FORMS[kind])))
     assert len(source) == COUNT and source.has_text
     records = [source.read(i) for i in range(COUNT)]
     assert [r.image for r in records] == [encoded(i) for i in range(COUNT)]
@@ -240,50 +216,43 @@ def test_every_form_holds_the_same_records(folder, kind):
 
 
 def test_rows_are_named_and_columns_chosen_by_option(folder):
-    source = open_source(str(make(folder, "csv")))
+    source = open_source(str(make(folder, FORMS["csv"])))
     # The caption of every fifth row takes two lines, of which the last counts.
     assert [source.name(i) for i in range(7)] == [f"a.csv, line {n}" for n in (3, 4, 5, 6, 7, 9, 10)]
-    rows = open_source(str(make(folder, "parquet folder")))
+    rows = open_source(str(make(folder, FORMS["parquet folder"])))
     assert rows.name(0) == "train-00000-of-00002.parquet, row 1"
     assert rows.name(COUNT - 1) == "train-00001-of-00002.parquet, row 14"
-    pq.write_table(pa.table({"url": ["x"]}), folder / "00000.parquet")  # As img2dataset does, beside each shard.
+    make(folder, {"00000.parquet": {"url": ["x"]}})  # As img2dataset does, beside each shard.
     assert len(open_source(str(folder))) == COUNT
-    rows = [(where((i + 1) % COUNT), "wrong", where(i), f"words {i}") for i in range(COUNT)]
-    path = write_csv(folder / "b.csv", ("image", "caption", "the file", "words"), rows)
-    source = open_source(f"{path}?image=the file&text=words")
-    assert source.read(4)[1:3] == (encoded(4), "words 4")
-    table = hf_table([encoded(i) for i in range(COUNT)], name="photograph", text="words")
-    pq.write_table(table, folder / "b.parquet")
-    save_to_disk(folder / "saved", table)
-    for path in (folder / "b.parquet", folder / "saved"):
-        source = open_source(f"{path}?image=photograph")
+    others = {"image": PATHS[1:] + PATHS[:1], "caption": ["wrong"] * COUNT, "the file": PATHS, "words": CAPTIONS}
+    source = open_source(f"{make(folder, {'b.csv': others})}?image=the file&text=words")
+    assert source.read(4)[1:3] == (encoded(4), CAPTIONS[4])
+    columns = hf(IMAGES, name="photograph", text="words")
+    for tree in ({"b.parquet": columns}, on_disk(columns)):
+        source = open_source(f"{(path := make(folder, tree))}?image=photograph")
         assert not source.has_text and source.read(4).text is None
         assert open_source(f"{path}?text=words&image=photograph").read(4)[1:3] == (encoded(4), CAPTIONS[4])
     struct = pa.array([{"bytes": None, "path": where(3)}, {"bytes": encoded(1), "path": "1.jpg"}], HF_IMAGE)
-    pq.write_table(pa.table({"image": struct, "words": [["one", "two"], ["three"]]}), folder / "a.parquet")
-    source = open_source(f"{folder}/a.parquet")
+    path = make(folder, {"a.parquet": {"image": struct, "words": [["one", "two"], ["three"]]}})
+    source = open_source(str(path))
     assert [source.read(i).image for i in range(2)] == [encoded(3), encoded(1)] and not source.has_text
-    assert open_source(f"{folder}/a.parquet?text=words").read(0).text == "one\ntwo"  # A list of captions is lines.
+    assert open_source(f"{path}?text=words").read(0).text == "one\ntwo"  # A list of captions is lines.
 
 
-@pytest.mark.parametrize("kind", ("csv", "parquet of bytes", "save_to_disk"))
+@pytest.mark.parametrize("kind", ("csv", "parquet", "save_to_disk"))
 def test_broken_rows_are_skipped_and_named(folder, kind, caplog):
     """Rows 3, 5 and 7: without an image, with a broken one, without a caption."""
-    path = make(folder, kind)
-    names, says = [f"a.parquet, row {n}" for n in (4, 6, 8)], ("no image", "cannot identify", "no caption")
+    says, paths = ("no image", "cannot identify", "no caption"), list(PATHS)
+    images = [None if i == 3 else b"broken" if i == 5 else image for i, image in enumerate(IMAGES)]
+    captions = [None if i == 7 else c.partition("\n")[0] for i, c in enumerate(CAPTIONS)]
     if kind == "csv":
-        lines = ["image,caption", *(f"{where(i)},c{i}" for i in range(COUNT))]
-        lines[4], lines[6], lines[8] = "none.png,gone", ",without an image", f"{where(7)},"
-        path.write_text("\n".join(lines))
-        names, says = [f"a.csv, line {n}" for n in (5, 7, 9)], ("none.png", "no image", "no caption")
+        paths[3], paths[5], says = "none.png", "", ("none.png", "no image", "no caption")
+        path, names = make(folder, {"a.csv": {"image": paths, "caption": captions}}), "a.csv, line {}"
+    elif kind == "save_to_disk":
+        path, names = make(folder, on_disk(hf(images, captions))), "data-00000-of-00002.arrow, row {}"
     else:
-        images = [None if i == 3 else b"broken" if i == 5 else encoded(i) for i in range(COUNT)]
-        captions = [None if i == 7 else c for i, c in enumerate(CAPTIONS)]
-        if kind == "save_to_disk":
-            save_to_disk(path, hf_table(images, captions))
-            names = [f"data-00000-of-00002.arrow, row {n}" for n in (4, 6, 8)]
-        else:
-            pq.write_table(pa.table({"image": images, "text": captions}), path)
+        path, names = make(folder, {"a.parquet": {"image": images, "text": captions}}), "a.parquet, row {}"
+    names = [names.format(row + (kind == "csv")) for row in (4, 6, 8)]
     ids = inputs.Tokens(1, lambda: lambda texts: np.zeros((len(texts), 1), np.int32))
     with caplog.at_level(logging.WARNING):
         batch = next(batches(path, {"image": inputs.Image(8), "ids": ids}, batch=COUNT, max_broken_share=0.5))
@@ -294,7 +263,7 @@ def test_broken_rows_are_skipped_and_named(folder, kind, caplog):
 
 
 def test_large_row_groups_are_told_or_refused(folder, tmp_path, monkeypatch, caplog):
-    path = make(folder, "parquet of bytes")
+    path = make(folder, FORMS["parquet of bytes"])
     open_source(str(path))
     monkeypatch.setattr(tables, "_LARGE_ROW_GROUP_BYTES", 10)
     open_source(str(path), quiet=True)

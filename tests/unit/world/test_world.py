@@ -13,21 +13,11 @@ from diva_jax import objectives, world
 from diva_jax.data import sources, tokenizers
 from diva_jax.evals.tasks import mmvp
 from diva_jax.models.diffusion.presets import Diffusion
-from diva_jax.world import (
-    arms,
-    blindness,
-    captions,
-    comparison,
-    criteria,
-    drawing,
-    endpoints,
-    experiment,
-    models,
-    patch_code,
-    records,
-    scenes,
-    vocabulary,
-)
+from diva_jax.world import arms, blindness, captions, comparison, experiment, models, records, scenes, vocabulary
+from diva_jax.world.criteria import of_labels
+from diva_jax.world.drawing import draw
+from diva_jax.world.endpoints import ENDPOINTS, SEEN
+from diva_jax.world.patch_code import PatchCodeConfig
 
 FIELDS = {"relation": "relation", "colour": "colour", "binding": "colour", "shape": "shape"}
 
@@ -43,11 +33,11 @@ def test_scenes_and_images_follow_from_their_seed_and_have_two_different_objects
     assert (a.nuisance != other.nuisance).any()
     assert (a.shape[:, 0] != a.shape[:, 1]).all() and (a.colour[:, 0] != a.colour[:, 1]).all()
     assert set(a.shape.ravel()) == set(range(len(scenes.SHAPES))) and set(a.relation) == set(range(4))
-    together = drawing.draw(a.take(range(70)))
+    together = draw(a.take(range(70)))
     assert together.shape == (70, 16, 16, 3) and together.dtype == np.uint8
     for i in (0, 37, 69):  # An image depends on its own scene alone.
-        np.testing.assert_array_equal(drawing.draw(a.take([i]))[0], together[i])
-    assert drawing.draw(a.take([])).shape == (0, 16, 16, 3)
+        np.testing.assert_array_equal(draw(a.take([i]))[0], together[i])
+    assert draw(a.take([])).shape == (0, 16, 16, 3)
 
 
 @pytest.mark.parametrize("fact", scenes.FACTS)
@@ -62,7 +52,7 @@ def test_change_changes_one_fact_of_scene_image_and_caption(fact):
             assert same.all(), field.name
     assert (two.shape[:, 0] != two.shape[:, 1]).all() and (two.colour[:, 0] != two.colour[:, 1]).all()
     # The image shows it: no pair of images is equal.
-    assert np.abs(drawing.draw(one).astype(int) - drawing.draw(two)).reshape(len(one), -1).max(axis=1).min() > 20
+    assert np.abs(draw(one).astype(int) - draw(two)).reshape(len(one), -1).max(axis=1).min() > 20
     says = captions.choose(rng, len(one), 1.0)
     for a, b in zip(captions.captions(one, says), captions.captions(two, says), strict=True):
         differ = [(x, y) for x, y in zip(a.split(), b.split(), strict=False) if x != y]
@@ -72,7 +62,7 @@ def test_change_changes_one_fact_of_scene_image_and_caption(fact):
 def test_the_first_object_is_where_the_relation_says():
     """Of images whose two objects are red and green, with no background in these colours."""
     s = dataclasses.replace(drawn(7, 200), colour=np.tile(np.int8([0, 1]), (200, 1)))
-    for image, relation in zip(drawing.draw(s).astype(int), s.relation, strict=True):
+    for image, relation in zip(draw(s).astype(int), s.relation, strict=True):
         others = [image.max(-1, where=np.arange(3) != k, initial=0) + 35 for k in (0, 1)]
         red, green = (np.argwhere(image[..., k] > others[k]).mean(0)[int(relation >= 2) ^ 1] for k in (0, 1))
         assert (red < green) == (relation % 2 == 0)
@@ -156,7 +146,7 @@ def test_what_cannot_be_used_is_named(tmp_path, monkeypatch):
 def test_the_code_is_orthonormal_and_keeps_most_of_the_world():
     basis, scale = models.basis()
     np.testing.assert_allclose(basis.T @ basis, np.eye(64), atol=1e-9)
-    images = drawing.draw(drawn(3, 60)).astype(np.float32) / 127.5 - 1
+    images = draw(drawn(3, 60)).astype(np.float32) / 127.5 - 1
     code = Diffusion.from_dict(dict(source="", prompt="", text_tokens=4, **models.DIFFUSION)).vae.build()
     code.basis[...] = jax.numpy.asarray(basis, np.float32)
     latents = code.encode(images)
@@ -167,7 +157,7 @@ def test_the_code_is_orthonormal_and_keeps_most_of_the_world():
         ({"patch_size": 2, "latent_channels": 13}, "keeps 13 numbers of a patch that has only 12"),
         ({"block_out_channels": [8]}, "unknown option .?block_out_channels"),
     ):
-        refused(says, patch_code.PatchCodeConfig.from_dict, options)
+        refused(says, PatchCodeConfig.from_dict, options)
 
 
 def test_labels_are_of_the_left_or_upper_object_and_classes_of_both():
@@ -194,38 +184,37 @@ def test_tests_share_no_scene_and_an_oracle_of_the_texts_sees_all(monkeypatch):
     own = {image.tobytes(): texts[i] for i, image in enumerate(t.pairs.images.reshape(40, 16, 16, 3))}
     own |= {image.tobytes(): texts[40 + k] for image, k in zip(t.test_images, blindness.classes(t.test), strict=True)}
     found = blindness.measure(t, lambda x: np.stack([own.get(i.tobytes(), texts[0]) for i in x]), texts)
-    for name, e in endpoints.ENDPOINTS.items():
+    for name, e in ENDPOINTS.items():
         assert e.score(found) == 100 or name.startswith("probe"), name
 
 
-TESTS = sorted({test for e in endpoints.ENDPOINTS.values() for test in e.tests})
+TESTS = sorted({test for e in ENDPOINTS.values() for test in e.tests})
 
 
-def row(arm: str, seed: int, share: float, rng) -> dict:
-    found = {name: (rng.random(150) < share).astype(float) for name in TESTS}
-    return experiment.row(arm, seed, 8, {"images": 8, "early": 4}, found, drift=0.0)
-
-
-def rows(shares: dict[str, float], seeds: int = 5, draw: int = 0) -> list[dict]:
-    rng = np.random.default_rng(draw)
-    return [row(arm, s, share, rng) for arm, share in shares.items() for s in range(1 if arm == "untuned" else seeds)]
+def rows(shares: dict[str, float], seeds: int = 5, seed: int = 0) -> list[dict]:
+    rng, out = np.random.default_rng(seed), []
+    for arm, share in shares.items():
+        for s in range(1 if arm == "untuned" else seeds):
+            found = {name: (rng.random(150) < share).astype(float) for name in TESTS}
+            out.append(experiment.row(arm, s, 8, {"images": 8, "early": 4}, found, drift=0.0))
+    return out
 
 
 def test_nothing_is_claimed_without_a_worse_control_and_several_seeds():
     shares = {"untuned": 0.4, "diva": 0.55, "diva_control": 0.55}
-    found = comparison.compare(rows(shares, draw=1))["diva"]
-    assert found.untuned[endpoints.SEEN].sign == 1 and found.control[endpoints.SEEN].sign == 0
+    found = comparison.compare(rows(shares, seed=1))["diva"]
+    assert found.untuned[SEEN].sign == 1 and found.control[SEEN].sign == 0
     assert "than its control: no difference shown" in comparison.verdict("diva", found)
     claims = 0  # Of draws without an effect; 95% intervals of each kind alone would claim one in twenty.
-    for draw in range(20):
-        runs = rows(shares, draw=draw)
+    for seed in range(20):
+        runs = rows(shares, seed=seed)
         control, tuned = ([r for r in runs if r["arm"] == arm] for arm in ("diva_control", "diva"))
-        claims += comparison.difference(control, tuned, endpoints.SEEN).sign != 0
+        claims += comparison.difference(control, tuned, SEEN).sign != 0
     assert claims <= 3
     alone = comparison.compare(rows({"untuned": 0.4, "diva": 0.6}))
     assert "its control was not run" in comparison.verdict("diva", alone["diva"])
     single = comparison.compare(rows({"untuned": 0.4, "diva": 0.9, "diva_control": 0.1}, seeds=1))["diva"]
-    assert single.untuned[endpoints.SEEN].sign == 0 == single.control[endpoints.SEEN].sign
+    assert single.untuned[SEEN].sign == 0 == single.control[SEEN].sign
     assert "nothing can be claimed" in comparison.verdict("diva", single)
 
 
@@ -235,12 +224,12 @@ def test_an_arm_above_both_and_one_below(tmp_path):
     assert comparison.verdict("labels", found["labels"]) == "sees more; than its control: sees more; names better"
     assert comparison.verdict("diva", found["diva"]).startswith("sees less; than its control: sees less; names -")
     text = comparison.markdown(found)
-    score = found["labels"].scores[endpoints.SEEN]
+    score = found["labels"].scores[SEEN]
     assert abs(score - 70) < 5 and f"| `labels` | 5 | {score:.1f} |" in text and "seeds [" in text
     comparison.write_pareto(found, tmp_path / "pareto.png")
     assert Image.open(tmp_path / "pareto.png").width == 1440
-    assert {c.holds for c in criteria.of_labels(rows(shares))} == {True}
-    assert False in {c.holds for c in criteria.of_labels(rows(shares | {"labels": 0.5}))}
+    assert {c.holds for c in of_labels(rows(shares))} == {True}
+    assert False in {c.holds for c in of_labels(rows(shares | {"labels": 0.5}))}
 
 
 def test_every_arm_has_the_same_budget_and_a_control_that_differs():
