@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from PIL import Image
@@ -240,9 +241,10 @@ def tower(kind: str, source: str, spec: Spec, mesh: Mesh, min_shard: int) -> dic
     """The parameters of one tower, "vision" or "text", of a source: name -> array on the mesh; smaller arrays than
     `min_shard` are replicated. A UserError where it is missing, invalid, or of another architecture."""
     opened = parts.open_tower(kind, origins.open_source(source, "--weights"), spec)
-    module = names.abstract(kind, spec)
-    shardings = partition.parameter_shardings(names.flat(module), mesh, min_shard)
-    state = opened.fill(module, workdirs.put_on(shardings.__getitem__))
+    module = names.flat(names.abstract(kind, spec))
+    shardings = partition.parameter_shardings(module, mesh, min_shard)
+    placed = {path: var.replace(var.get_value().update(sharding=shardings[path])) for path, var in module.items()}
+    state = opened.fill(nnx.from_flat_state(placed))
     return {partition.name_of(path): var.get_value() for path, var in names.flat(state).items()}
 
 

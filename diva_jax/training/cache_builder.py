@@ -30,7 +30,7 @@ def described(program: Program) -> tuple[dict, dict[str, tuple[int, ...]], bool]
     cached; whether captions are among what it is made of)."""
     found, cacheable = {}, program.objective.cacheable
     for name, wanted in cacheable.items():
-        files = [file for part in wanted.parts.values() for file in part.open().files]
+        files = [file for part in wanted.parts.values() for file in part.open().tensors.files]
         found[name] = {**wanted.facts, "weights": formats.fingerprint(files)}
     found = found["moments"] if list(found) == ["moments"] else found
     facts, shapes = {**found, "crop": program.config.data.crop.to_dict()}, {n: w.shape for n, w in cacheable.items()}

@@ -6,7 +6,7 @@ import json
 import re
 import time
 import zlib
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -25,15 +25,6 @@ from diva_jax.common.log import say
 from diva_jax.training import checkpoint, partition
 from diva_jax.training.step import Program, learning_rate, pace
 from diva_jax.weights import formats, origins
-
-
-def put_on(sharding: Callable[[tuple], jax.sharding.Sharding]) -> Callable:
-    """Returns a `put` for `names.assign`; each process provides only the shards of its own devices."""
-
-    def put(path, array: np.ndarray, want: jax.ShapeDtypeStruct) -> jax.Array:
-        return jax.make_array_from_callback(want.shape, sharding(path), lambda index: array[index])
-
-    return put
 
 
 def owners(program: Program) -> dict[str, str]:
@@ -56,9 +47,9 @@ def initial_arrays(
     program: Program, only: Collection[str] | None = None, every_source: bool = True
 ) -> tuple[dict, dict]:
     """Loads the arrays `only` (default all): pretrained parts from their sources, others as the objective initialises
-    them. Returns ({name: array on its sharding}, {prefix: {"source": names of files, "sha256"}}). A part of which some
-    are loaded is checked as a whole; with `every_source` sources of which nothing is loaded are found and hashed too. A
-    UserError where a source is missing, invalid, or of another architecture."""
+    them. Returns ({name: array on its sharding}, {prefix: {"source": names of files, "sha256"}}). Names and shapes of a
+    part of which some are loaded are checked as a whole; with `every_source` sources of which nothing is loaded are
+    found and hashed too. A UserError where a source is missing, invalid, or of another architecture."""
     wanted = set(program.arrays if only is None else only)
     owner, parts = owners(program), program.objective.pretrained()
     mine = {prefix: [n for n, p in owner.items() if p == prefix] for prefix in parts}
@@ -68,18 +59,13 @@ def initial_arrays(
     arrays = {}
     with ThreadPoolExecutor(1) as hashes:
         # Hashing needs the processor while reading waits for the disk.
-        digests = {prefix: hashes.submit(formats.fingerprint, o.files) for prefix, o in opened.items()}
+        digests = {prefix: hashes.submit(formats.fingerprint, o.tensors.files) for prefix, o in opened.items()}
         for prefix in needed:
             depth = prefix.count("/") + 1
             places = {n: program.skeleton.variables[n][0] for n in mine[prefix]}
             named = {path[depth:] or path: n for n, path in places.items()}
             variables = {p: program.skeleton.variables[n][1].replace(program.arrays[n]) for p, n in named.items()}
-            place = put_on(lambda path, named=named: program.shardings[named[path]])
-
-            def put(path, array, want, named=named, place=place):
-                return place(path, array, want) if named[path] in wanted else None
-
-            state = opened[prefix].fill(nnx.from_flat_state(variables), put)
+            state = opened[prefix].fill(nnx.from_flat_state(variables), {p for p, n in named.items() if n in wanted})
             arrays |= {named[path]: var.get_value() for path, var in nnx.to_flat_state(state)}
         if fresh := [n for n in program.arrays if n not in owner and n in wanted]:
             # The compiler removes the computation of all others.
@@ -88,9 +74,9 @@ def initial_arrays(
                 out_shardings={n: program.shardings[n] for n in fresh},
             )
             arrays |= init()
-        names = {prefix: [f.name for f in o.files] for prefix, o in opened.items()}
+        names = {prefix: [f.name for f in o.tensors.files] for prefix, o in opened.items()}
         origins = {prefix: {"source": names[prefix], "sha256": digests[prefix].result()} for prefix in opened}
-    return {n: a for n, a in arrays.items() if n in wanted}, origins
+    return arrays, origins
 
 
 # Fields that may differ when a run is resumed, because none of them affects what is learned.

@@ -10,7 +10,7 @@ ignore the other known ones, and in transformers' models, as each architecture's
 
 import functools
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -73,30 +73,33 @@ def assign(
     table: Table,
     *,
     source: str = "the checkpoint",
-    put: Callable[[tuple, np.ndarray, jax.ShapeDtypeStruct], jax.Array] | None = None,
+    only: Collection[tuple] | None = None,
 ):
     """Fills an abstract module or state with a checkpoint's tensors, which may be lazy; returns a state with its
-    dtypes. `put` makes device arrays of (path, array in our layout and dtype, of any strides, wanted shape and dtype),
-    in two threads. A UserError as of `check_names`, and where a tensor is not of a floating type, not finite, or a
-    kernel of zeros."""
-    put = put or (lambda path, array, want: jax.device_put(array))
+    dtypes and shardings, of which each process provides the shards of its own devices. With `only`, the others of these
+    paths are not read, and not in the result. A UserError as of `check_names`, and where a tensor is not of a floating
+    type, not finite, or a kernel of zeros."""
     check_names(state, tensors, table, source=source)
     names = {table.canonical(n): n for n in tensors}
-    wanted = {table.torch_name(path): (path, var) for path, var in flat(state).items()}
 
     def fill(item) -> tuple[tuple, nnx.Variable]:
-        name, (path, var) = item
+        path, var = item
+        name = names[table.torch_name(path)]
         # A transposed view: jax copies any layout to the device as fast as a dense one, so no copy is made here.
-        array = np.asarray(tensors[names[name]])
-        check_type(names[name], array.dtype, source)
+        array = np.asarray(tensors[name])
+        check_type(name, array.dtype, source)
         with np.errstate(over="ignore"):  # What overflows is infinite, and found as such.
             array = from_torch_layout(path, array).astype(var.dtype, copy=False)
         if array.shape != var.shape:
-            raise UserError(f"{source}: the tensor {names[name]} has not the shape that its file declares")
-        check_values(names[name], array, source, may_be_zero=path[-1] != "kernel")
-        return path, var.replace(put(path, array, jax.ShapeDtypeStruct(var.shape, var.dtype)))
+            raise UserError(f"{source}: the tensor {name} has not the shape that its file declares")
+        check_values(name, array, source, may_be_zero=path[-1] != "kernel")
+        want = var.get_value()
+        if isinstance(want, jax.ShapeDtypeStruct) and want.sharding:
+            return path, var.replace(jax.make_array_from_callback(want.shape, want.sharding, array.__getitem__))
+        return path, var.replace(jax.device_put(array))
 
     with ThreadPoolExecutor(_READERS) as pool:
+        wanted = {path: var for path, var in flat(state).items() if only is None or path in only}
         return nnx.from_flat_state(dict(pool.map(fill, wanted.items())))
 
 

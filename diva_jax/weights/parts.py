@@ -2,10 +2,9 @@
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -33,20 +32,30 @@ _SD = {
 }
 # Texts that are encoded at once, a quarter of a gigabyte of activations in Stable Diffusion 2.1's text encoder.
 _PROMPTS_AT_ONCE = 64
+_PROMPTS = "states of prompts (set config.diffusion.text_encoder and text_tokens to the values of that folder)"
 _STATISTICS = Table("statistics of image embeddings (not needed with config.unclip.stats=off)")
 
 
 @dataclasses.dataclass(frozen=True)
 class Opened:
-    """A source, found and checked: its files, and (abstract state, put=None) -> the state, see `names.assign`."""
+    """A source, found and checked: the tensors of a part under names of `table`, and the file or folder that they are
+    in; `note` is said where they are read."""
 
-    files: list[Path]
-    fill: Callable[..., nnx.State]
+    tensors: Tensors
+    table: Table
+    where: str
+    note: str = ""
+
+    def fill(self, state, only: Collection[tuple] | None = None) -> nnx.State:
+        """An abstract state with the values of the tensors, see `names.assign`."""
+        if self.note:
+            log.say(f"{self.where}: {self.note}")
+        return names.assign(state, self.tensors, self.table, source=self.where, only=only)
 
 
-def _opened(tensors: Tensors, table: Table, source: str) -> Opened:
-    """Tensors with their names."""
-    return Opened(tensors.files, lambda state, put=None: names.assign(state, tensors, table, source=source, put=put))
+def _alone(name: str) -> Table:
+    """The table of a part that is a single tensor of this name."""
+    return Table(name, rename=(("^.*", name),))
 
 
 def _part(config):
@@ -81,13 +90,7 @@ def open_tower(tower: str, source: origins.ClipSource, spec: Spec, field: str = 
         check_text(source, spec)
         tensors = names.to_context(source.tensors, spec.text)
         note = f"position embeddings of texts stretched to {spec.text.context_length} tokens"
-
-    def fill(state, put=None):
-        if tensors is not source.tensors:
-            log.say(f"{source.where}: {note}")
-        return names.assign(state, tensors, names.table(tower, spec), source=source.where, put=put)
-
-    return Opened(source.files, fill)
+    return Opened(tensors, names.table(tower, spec), source.where, note * (tensors is not source.tensors))
 
 
 def open_diffusers(folder: Path, config, field: str = "") -> Opened:
@@ -97,7 +100,7 @@ def open_diffusers(folder: Path, config, field: str = "") -> Opened:
     folder = folder / part if (folder / part).is_dir() else folder
     there = vars(type(config).from_dict(formats.read_json(folder / "config.json")))
     origins.check_same(there, config, there, str(folder), field or part)
-    return _opened(formats.weights_in(folder, *stems), table, str(folder))
+    return Opened(formats.weights_in(folder, *stems), table, str(folder))
 
 
 def check_schedule(folder: Path, config: ScheduleConfig) -> None:
@@ -109,13 +112,7 @@ def check_schedule(folder: Path, config: ScheduleConfig) -> None:
 
 
 def load(
-    source: str,
-    spec,
-    *,
-    tower: str = "vision",
-    dtype=jnp.float32,
-    param_dtype=jnp.float32,
-    remat: bool = False,
+    source: str, spec, *, tower: str = "vision", dtype=jnp.float32, param_dtype=jnp.float32, remat: bool = False
 ) -> nnx.Module:
     """Returns a model with the weights of a source, written by any of the supported libraries.
 
@@ -179,7 +176,7 @@ def scalar(source: str, name: str, field: str = "config.backbone") -> Part:
         weights = origins.open_source(source, f"{field}.source")
         if name not in weights.tensors:
             raise UserError(f"{weights.where} has no {name}: give the checkpoint of the whole model as {field}.source")
-        return Opened(weights.files, lambda state, put: _one(state, np.asarray(weights.tensors[name]), put))
+        return Opened(Tensors({name: weights.tensors[name]}, weights.files), _alone(name), weights.where)
 
     return Part(source, opened)
 
@@ -196,7 +193,7 @@ def diffusers(source: str, config, field: str, scheduler: ScheduleConfig | None 
             at = at / file if (at / file).is_file() else at
             if at.is_dir():
                 return open_diffusers(at, config, field)
-            return _opened(with_matrices(formats.open_file(at)), names.FLUX_VAE, str(at))
+            return Opened(with_matrices(formats.open_file(at)), names.FLUX_VAE, str(at))
         folder = origins.diffusers_folder(source)
         part = open_diffusers(folder, config, field)
         if scheduler is not None:
@@ -204,13 +201,6 @@ def diffusers(source: str, config, field: str, scheduler: ScheduleConfig | None 
         return part
 
     return Part(source, opened)
-
-
-def diffusers_tokenizer(folder: Path, length: int) -> tokenizers.FolderTokenizer:
-    """The tokenizer of a diffusers folder, which pads as its files say; a UserError without its files."""
-    if not (folder / "vocab.json").exists() and not (folder / "tokenizer.json").exists():
-        raise UserError(f"{folder} has no vocab.json: the diffusers folder needs its tokenizer, download it again")
-    return tokenizers.FolderTokenizer(folder, length, kind="clip")
 
 
 def with_matrices(tensors: Tensors) -> Tensors:
@@ -235,7 +225,7 @@ def text_context(
         folder = origins.diffusers_folder(source)
         part = open_diffusers(folder, config, "config.diffusion.text_encoder")
 
-        def fill(state, put):
+        def read() -> np.ndarray:
             tokenizer = prompt_tokenizer(source, tokens, config)()
             graph, empty = nnx.split(layers.abstract(lambda rngs: TextEncoder(config, rngs=rngs)))
             encoder, run, found = nnx.merge(graph, part.fill(empty)), nnx.jit(lambda m, *args: m(*args)), []
@@ -245,16 +235,10 @@ def text_context(
                 found.append(np.asarray(run(encoder, *itertools.islice(inputs, 2 if mask_padding else 1))))
                 progress.update(len(found[-1]))
             progress.close()
-            context = np.concatenate(found)
-            ((_, var),) = nnx.to_flat_state(state)
-            if context.shape != var.shape:
-                raise UserError(
-                    f"{folder}: the text encoder gives prompts of shape {context.shape}, the config expects "
-                    f"{var.shape}: set config.diffusion.text_encoder and text_tokens to the values of that folder"
-                )
-            return _one(state, context, put)
+            return np.concatenate(found)
 
-        return Opened(part.files, fill)
+        states = Tensor((len(prompts), tokens, config.width), np.dtype(np.float32), read)
+        return Opened(Tensors({_PROMPTS: states}, part.tensors.files), _alone(_PROMPTS), str(folder))
 
     return Part(source, opened)
 
@@ -264,7 +248,7 @@ def embedding_statistics(source: str) -> Part:
 
     def opened():
         folder = origins.diffusers_folder(source) / "image_normalizer"
-        return _opened(formats.weights_in(folder, "diffusion_pytorch_model"), _STATISTICS, str(folder))
+        return Opened(formats.weights_in(folder, "diffusion_pytorch_model"), _STATISTICS, str(folder))
 
     return Part(source, opened)
 
@@ -286,21 +270,17 @@ def tokenizer(source: str, text: TextSpec, folder: str, field: str) -> Callable[
 
 def prompt_tokenizer(source: str, tokens: int, config: TextEncoderConfig) -> Callable[[], tokenizers.Tokenizer]:
     """What opens the tokenizer of the diffusers folder or hub id `source`, of `tokens` ids per text, for the input
-    `data.inputs.Texts`; a UserError where the text encoder has fewer ids."""
+    `data.inputs.Texts`, padded as its files say; a UserError without its files, or where the text encoder has fewer
+    ids."""
 
     def opened():
-        folder = origins.diffusers_folder(source)
-        found = diffusers_tokenizer(folder / "tokenizer", tokens)
+        folder = origins.diffusers_folder(source) / "tokenizer"
+        if not (folder / "vocab.json").exists() and not (folder / "tokenizer.json").exists():
+            raise UserError(f"{folder} has no vocab.json: the diffusers folder needs its tokenizer, download it again")
+        found = tokenizers.FolderTokenizer(folder, tokens, kind="clip")
         if found.size > config.vocab_size:
             known = f"{found.size} tokens, but the text encoder only {config.vocab_size}"
             raise UserError(f"the tokenizer in {folder} has {known}: fetch the folder again")
         return found
 
     return opened
-
-
-def _one(state: nnx.State, array: np.ndarray, put: Callable) -> nnx.State:
-    """Fills a state of one variable."""
-    ((path, var),) = nnx.to_flat_state(state)
-    array = array.astype(var.dtype).reshape(var.shape)
-    return nnx.from_flat_state({path: var.replace(put(path, array, jax.ShapeDtypeStruct(var.shape, var.dtype)))})

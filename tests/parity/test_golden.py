@@ -2,7 +2,6 @@
 
 import check
 import jax
-import jax.numpy as jnp
 import kuea as method
 import numpy as np
 import pytest
@@ -106,7 +105,7 @@ FLUX = FluxVAEConfig(**SIZES)
 def loaded(source) -> VAE:
     graph, state = nnx.split(abstract(lambda rngs: VAE(FLUX, rngs=rngs)))
     opened = parts.diffusers(str(source), FLUX, "config.genhancer.vae").open()
-    return nnx.merge(graph, opened.fill(state, lambda path, array, want: jnp.asarray(array)))
+    return nnx.merge(graph, opened.fill(state))
 
 
 def test_flux_encoder_from_every_layout(tmp_path):

@@ -2,10 +2,9 @@
 
 from collections.abc import Mapping
 
-import jax
 import numpy as np
-from flax import nnx
 
+from diva_jax.models.names import Table
 from diva_jax.objectives import diva
 from diva_jax.objectives.diva import SECTION, SECTIONS, recipe, stages
 from diva_jax.weights import formats, parts
@@ -20,15 +19,10 @@ def _projection() -> parts.Part:
 
     def opened() -> parts.Opened:
         tensors = formats.open_file(file)
-
-        def fill(state, put):
-            filled = {}
-            for path, var in nnx.to_flat_state(state):
-                array = np.asarray(tensors[f"visual_proj/{path[-1]}"]).astype(var.dtype)
-                filled[path] = var.replace(put(path, array, jax.ShapeDtypeStruct(var.shape, var.dtype)))
-            return nnx.from_flat_state(filled)
-
-        return parts.Opened([file], fill)
+        kernel, bias = tensors["visual_proj/kernel"], tensors["visual_proj/bias"]
+        weight = formats.Tensor(kernel.shape[::-1], kernel.dtype, lambda: np.asarray(kernel).T)
+        tensors = formats.Tensors({"weight": weight, "bias": bias}, [file])
+        return parts.Opened(tensors, Table("projection"), str(file))
 
     return parts.Part(str(file), opened)
 

@@ -28,7 +28,6 @@ from diva_jax.common.errors import RunError, UserError
 from diva_jax.data import files, images, inputs, labelled, pipeline, tars, tokenizers
 from diva_jax.evals.tasks import choice, mmvp
 from diva_jax.models.backbones import TextSpec
-from diva_jax.weights import parts
 
 pytestmark = pytest.mark.attack
 
@@ -270,7 +269,7 @@ def tokens(path):
 
 def prompt(path):
     """Through transformers, which must not run the code that `auto_map` names."""
-    found = parts.diffusers_tokenizer(path.parent, 6).encode(["a photo"])
+    found = tokenizers.FolderTokenizer(path.parent, 6, kind="clip").encode(["a photo"])
     assert found[0].shape == found[1].shape == (1, 6)
 
 

@@ -25,7 +25,6 @@ from diva_jax.models.backbones import Spec, build, spec_of
 from diva_jax.models.backbones.shared.transformer import Text
 from diva_jax.models.diffusion.presets import Diffusion
 from diva_jax.models.layers import abstract
-from diva_jax.training import workdirs
 from diva_jax.weights import formats, names, origins
 
 
@@ -90,8 +89,9 @@ def test_arrays_go_straight_to_their_shards():
     model = nnx.eval_shape(lambda: nnx.Linear(16, 24, rngs=nnx.Rngs(0), param_dtype=jnp.bfloat16))
     mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
     weight, bias = np.arange(24 * 16, dtype=np.float32).reshape(24, 16), np.ones(24, np.float32)
-    put = workdirs.put_on(lambda path: NamedSharding(mesh, PartitionSpec("fsdp")))
-    state = names.assign(model, {"weight": weight, "bias": bias}, names.Table("linear"), put=put)
+    state = nnx.state(model)
+    state = jax.tree.map(lambda a: a.update(sharding=NamedSharding(mesh, PartitionSpec("fsdp"))), state)
+    state = names.assign(state, {"weight": weight, "bias": bias}, names.Table("linear"))
     kernel = state["kernel"].get_value()
     assert kernel.dtype == jnp.bfloat16 and {s.data.shape for s in kernel.addressable_shards} == {(2, 24)}
     np.testing.assert_array_equal(np.asarray(kernel, np.float32), weight.T.astype(jnp.bfloat16).astype(np.float32))
