@@ -49,9 +49,8 @@ def named(*others: str) -> Callable[[Callable], Callable]:
 def chosen(name: str, value: Any, choices: Collection[str]) -> None:
     """Raises a UserError where a value is none of some choices."""
     if value not in choices:
-        meant = errors.nearest(value, choices) if isinstance(value, str) else []
-        advice = f"did you mean {' or '.join(meant)}?" if meant else "give one of these"
-        raise UserError(f"{name}={brief(value)} is none of {', '.join(choices)}: {advice}")
+        owner = f"{name} must be one of {', '.join(choices)} and not"
+        raise UserError(errors.unknown(owner, [str(value)], choices, "give one of these"))
 
 
 def mapping(name: str, value: Any, example: str) -> dict[str, Any]:

@@ -104,10 +104,8 @@ def _file_system(path: str):
 
 def open_binary(path: str):
     """A seekable binary file, local or remote."""
-    if not is_remote(path):
-        return open(path, "rb", opener=json_files.open_regular)
     fs, inside = _file_system(path)
-    if "file" in fs.protocol:  # A URL of this machine, which may name a pipe as well.
+    if "file" in fs.protocol:  # Which may be a pipe, for example.
         return open(inside, "rb", opener=json_files.open_regular)
     return fs.open(inside, "rb")
 

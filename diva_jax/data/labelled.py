@@ -76,12 +76,10 @@ def tars(root: Path, target: str, parse: Callable[[str], object]) -> Images:
     top, paths = _shards(root)
     places, names, targets, others, unread = [], [], [], [], []
     for shard in map(str, paths):
-        try:
+        with explained(f"{shard} cannot be read as a tar archive", "fetch it again"):
             members, complaint = shards.scan(shard)
-        except OSError as e:
-            members, complaint = [], str(e)
-        if complaint:
-            raise UserError(f"{shard} cannot be read as a tar archive (it {complaint}): fetch it again")
+            if complaint:
+                raise OSError(f"it {complaint}")
         unread += [m.name for m in members if files.kind_of(m.name) == files.UNREAD]
         for sample in files.group(((m.name, m) for m in members), shard).values():
             images = files.images_of(sample)

@@ -90,7 +90,6 @@ def backbone_view(
     return normalise(resize(images, size, "cubic", antialias=True), mean, std)
 
 
-_GRAY = (0.2989, 0.587, 0.114)
 _TRIES = 10
 
 
@@ -150,8 +149,7 @@ def _blend(a: Array, b: Array | float, ratio: Array) -> Array:
 
 def _gray(x: Array) -> Array:
     """[H, W, 3] -> [H, W, 1]."""
-    r, g, b = _GRAY
-    return r * x[..., :1] + g * x[..., 1:2] + b * x[..., 2:]
+    return 0.2989 * x[..., :1] + 0.587 * x[..., 1:2] + 0.114 * x[..., 2:]
 
 
 def _hue(x: Array, shift: Array) -> Array:

@@ -207,6 +207,7 @@ class TfdsSource:
             self._image = image or images[0]
             captions = (key for key in TEXT_COLUMNS if key in self.features)
             self._text = self._chosen("text", "feature", self.features) or next(captions, None)
+            self.has_text = self._text is not None
             # The encoded bytes: decoding and its errors belong to the pipeline.
             self._records = builder.as_data_source(split=split, decoders={self._image: tfds.decode.SkipDecoding()})
         if not len(self):
@@ -219,10 +220,6 @@ class TfdsSource:
             problem = f"{self._where} cannot be read: it has no {kind} {wanted!r}, only {listing(list(there))}"
             raise UserError(f"{problem}: choose with ?{option}=...")
         return wanted
-
-    @property
-    def has_text(self) -> bool:
-        return self._text is not None
 
     def __len__(self) -> int:
         return len(self._records)

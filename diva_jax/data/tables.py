@@ -159,13 +159,12 @@ def _csv_part(path: str, options: Mapping[str, str]) -> _Part:
     header = next(rows, (1, []))[1]
     columns = choose_columns(path, header, options)
     wanted = {column: header.index(column) for column in columns if column}
-    lines, chunks = [np.zeros(0, np.int64)], [[] for _ in wanted]
+    schema = pa.schema([(column, pa.large_string()) for column in wanted])
+    lines, tables = array.array("q"), [schema.empty_table()]
     while batch := list(itertools.islice(rows, _CHUNK_ROWS)):
-        lines.append(np.array([line for line, _ in batch], np.int64))
-        for chunk, k in zip(chunks, wanted.values(), strict=True):
-            chunk.append(pa.array([fields[k] for _, fields in batch], pa.large_string()))
-    line, joined = np.concatenate(lines), (pa.chunked_array(chunk, pa.large_string()) for chunk in chunks)
-    return _of_columns(path, dict(zip(wanted, joined, strict=True)), columns, place=lambda row: f"line {line[row]}")
+        lines.extend(line for line, _ in batch)
+        tables.append(pa.table({c: [fields[k] for _, fields in batch] for c, k in wanted.items()}, schema=schema))
+    return _of_columns(path, pa.concat_tables(tables), columns, place=lambda row: f"line {lines[row]}")
 
 
 def _jsonl_part(path: str, options: Mapping[str, str]) -> _Part:

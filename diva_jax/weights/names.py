@@ -68,17 +68,12 @@ def check_names(state, tensors: Mapping, table: Table, *, source: str = "the che
 
 
 def assign(
-    state,
-    tensors: Mapping[str, np.ndarray],
-    table: Table,
-    *,
-    source: str = "the checkpoint",
-    only: Collection[tuple] | None = None,
+    state, tensors: Mapping[str, Any], table: Table, *, source: str = "the checkpoint", only: Collection | None = None
 ):
     """Fills an abstract module or state with a checkpoint's tensors, which may be lazy; returns a state with its
-    dtypes and shardings, of which each process provides the shards of its own devices. With `only`, the others of these
-    paths are not read, and not in the result. A UserError as of `check_names`, and where a tensor is not of a floating
-    type, not finite, or a kernel of zeros."""
+    dtypes and shardings, of which each process provides the shards of its own devices. With `only`, some of its paths,
+    the others are not read, and not in the result. A UserError as of `check_names`, and where a tensor is not of a
+    floating type, not finite, or a kernel of zeros."""
     check_names(state, tensors, table, source=source)
     names = {table.canonical(n): n for n in tensors}
 
@@ -143,20 +138,15 @@ def misfits(tower: str, shapes: Mapping[str, tuple[int, ...]], spec: Spec) -> li
     return sorted(n for n in want.keys() | shapes.keys() if n not in shapes or shapes[n] != want.get(n))
 
 
-def grids(tensors: Tensors, spec: Spec) -> tuple[int, int]:
-    """Returns the patches per side in the checkpoint and in `spec`."""
-    return architecture(spec.arch).CHECKPOINT.positions.grid(tensors), spec.grid
-
-
 def to_resolution(tensors: Tensors, spec: Spec) -> Tensors:
     """Returns the tensors with position embeddings for `spec.image_size`; the same object if they fit already.
     Interpolation is bicubic over the grid of patches, in float32, as in the original (open_clip's `resize_pos_embed`;
     for DINOv2 the models of transformers). Embeddings of other tokens are kept. Rotary embeddings are computed by the
     model and are not in a checkpoint."""
-    old, new = grids(tensors, spec)
+    positions = architecture(spec.arch).CHECKPOINT.positions
+    old, new = positions.grid(tensors), spec.grid
     if old == new:
         return tensors
-    positions = architecture(spec.arch).CHECKPOINT.positions
     antialias = spec.registers > 0 if positions.antialias is None else positions.antialias
     was = tensors[positions.name]
     extra = was.shape[-2] - old * old

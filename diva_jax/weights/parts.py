@@ -13,7 +13,7 @@ from diva_jax.common import log
 from diva_jax.common.errors import UserError
 from diva_jax.data import tokenizers
 from diva_jax.models import layers
-from diva_jax.models.backbones import Spec, TextSpec
+from diva_jax.models.backbones import Spec, TextSpec, architecture
 from diva_jax.models.backbones.shared.transformer import require_text
 from diva_jax.models.diffusion.schedule import ScheduleConfig
 from diva_jax.models.diffusion.text_encoder import TextEncoder, TextEncoderConfig
@@ -84,7 +84,7 @@ def open_tower(tower: str, source: origins.ClipSource, spec: Spec, field: str = 
     if tower == "vision":
         origins.check_architecture(source, spec, field)
         tensors = names.to_resolution(source.tensors, spec)
-        old, new = names.grids(source.tensors, spec)
+        old, new = architecture(spec.arch).CHECKPOINT.positions.grid(source.tensors), spec.grid
         note = f"position embeddings interpolated from {old} x {old} to {new} x {new} patches"
     else:
         check_text(source, spec)

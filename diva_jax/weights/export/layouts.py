@@ -112,22 +112,16 @@ def whole_model(source: ClipSource, spec: Spec, dtype: str, text: bool) -> Tenso
     `dtype`. With `text`, the text tower, if there is one, and the other parameters of the whole model are included. A
     UserError where the source is another model, or a required part is missing; when values are read, where a tensor is
     not of floats, or not finite."""
-    origins.check_architecture(source, spec)
-    tensors = names.to_resolution(source.tensors, spec)
-    tower, table = names.abstract("vision", spec), names.table("vision", spec)
-    names.check_names(tower, tensors, table, source=source.where)
-    wanted = {n: tensors[n] for n in table.names(tower)}
-    others = backbones.architecture(spec.arch).CHECKPOINT.others
-    if text:
-        if spec.has_text:
-            parts.check_text(source, spec)
-            wanted |= {n: tensors[n] for n in names.table("text", spec).names(names.abstract("text", spec))}
-        if missing := [n for n in others if n not in tensors]:
-            raise UserError(f"{source.where} has no {listing(missing)}: only --format=pt can be written")
-    wanted |= {n: tensors[n] for n in others if n in tensors and (text or n.startswith("visual."))}
-    return Tensors(
-        {n: _cast(n, t, np.dtype(getattr(jnp, dtype)), source.where) for n, t in wanted.items()}, source.files
-    )
+    others, wanted = backbones.architecture(spec.arch).CHECKPOINT.others, {}
+    for tower in ("vision", "text") if text and spec.has_text else ("vision",):
+        opened, module = parts.open_tower(tower, source, spec), names.abstract(tower, spec)
+        names.check_names(module, opened.tensors, opened.table, source=source.where)
+        wanted |= {n: opened.tensors[n] for n in opened.table.names(module)}
+    if text and (missing := [n for n in others if n not in source.tensors]):
+        raise UserError(f"{source.where} has no {listing(missing)}: only --format=pt can be written")
+    wanted |= {n: source.tensors[n] for n in others if n in source.tensors and (text or n.startswith("visual."))}
+    cast = {n: _cast(n, t, np.dtype(getattr(jnp, dtype)), source.where) for n, t in wanted.items()}
+    return Tensors(cast, source.files)
 
 
 def _config(fmt: str, spec: Spec, dtype: str, hub: str, source: ClipSource) -> dict:

@@ -69,7 +69,7 @@ def test_a_bare_file_needs_a_spec_and_texts_are_those_of_the_text_tower(clip, tm
     found = diva_jax.load(bare, spec=EVAL_CLIP)
     assert found.spec.width == EVAL_CLIP.width and found.arrays
     refused("has no tokenizer", found.encode_text, "x")
-    refused("spec='vitl41' is none of vitl14, .*did you mean vitl14", diva_jax.load, bare, spec="vitl41")
+    refused("spec must be one of vitl14, .* and not vitl41; did you mean vitl14", diva_jax.load, bare, spec="vitl41")
     from diva_jax.data import tokenizers
 
     texts = ["a photo of a cup", "A dog, ünder ☃", ""]
@@ -109,8 +109,11 @@ def test_bad_images_are_one_sentence(encoder, tmp_path):
 def test_arguments_of_functions_are_refused_with_what_is_meant(clip, tmp_path):
     out = tmp_path / "out"
     for call, says in (
-        (lambda: diva_jax.export(clip, out, format="pytorch"), "format='pytorch' is none of .*: did you mean pt"),
-        (lambda: diva_jax.export(clip, out, format=["hf"]), "is none of open_clip, hf, pt: give one"),
+        (
+            lambda: diva_jax.export(clip, out, format="pytorch"),
+            "format must be one of .* and not pytorch; did you mean pt",
+        ),
+        (lambda: diva_jax.export(clip, out, format=["hf"]), "one of open_clip, hf, pt and not .'hf'.: give one"),
         (lambda: diva_jax.export(clip, out, dtype="fp16"), "did you mean float16"),
         (lambda: diva_jax.export(clip, out, licence="mit"), "export has no argument licence; did you mean license"),
         (lambda: diva_jax.load(clip, dtype="fp16"), "dtype='fp16' must be float32 or bfloat16"),
