@@ -79,8 +79,8 @@ def wanted(config) -> tuple[str, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class _Terms:
-    """The terms that a config asks for and their sections; the images of a micro-batch; what the frozen models compute
-    in and are held in; whether their outputs are cached; the backbone; the teacher, None where none is needed."""
+    """The terms that a config asks for and their sections; what the frozen models compute in and are held in; whether
+    their outputs are cached; the objective's input "image"; the backbone; the teacher, None where none is needed."""
 
     names: tuple[str, ...]
     anchor: AnchorOptions
@@ -88,6 +88,7 @@ class _Terms:
     relation: RelationOptions
     dtypes: tuple[str, str]
     cached: bool
+    image: inputs.Input
     spec: backbones.Spec
     teacher: backbones.Spec | None
 
@@ -98,18 +99,21 @@ def with_terms(kind: type[Objective]) -> type[Objective]:
     without its weight. They cost a pass of each frozen model, and a forward and a backward one of the tuned encoder."""
 
     class WithTerms(kind):
+        # Without them, until the objective is made, it is what it is by itself.
+        terms: _Terms | None = None
+
         def __init__(self, config, *, rngs):
             super().__init__(config, rngs=rngs)
-            names, spec = wanted(config), backbones.spec_of(config)
-            if "image" not in super().inputs:
+            names, spec, own = wanted(config), backbones.spec_of(config), super().inputs
+            if "image" not in own:
                 raise UserError(
                     f"config.{names[0]}.weight={config[names[0]].weight} needs an objective with an input named image, "
-                    f"and {config.objective} has {', '.join(super().inputs)}: set it to 0"
+                    f"and {config.objective} has {', '.join(own)}: set it to 0"
                 )
             teacher = backbones.spec_of(config, "teacher") if "relation" in names else None
             sections = [parse(section, config.get(n, {}), f"config.{n}") for n, section in TERMS.items()]
             dtypes, cached = (config.dtype, config.frozen_dtype), bool(config.data.latents)
-            self.terms = _Terms(names, *sections, dtypes, cached, spec, teacher)
+            self.terms = _Terms(names, *sections, dtypes, cached, own["image"], spec, teacher)
             self.compares_images = self.compares_images or names != ("anchor",)
             kw = dict(rngs=rngs, dtype=jnp.dtype(config.dtype), param_dtype=jnp.dtype(config.frozen_dtype))
             for name in names * (not cached):
@@ -133,13 +137,13 @@ def with_terms(kind: type[Objective]) -> type[Objective]:
         @property
         def cacheable(self):
             """The objective's own, and the embedding that each term compares with."""
-            spec, teacher, found = self.terms.spec, self.terms.teacher, dict(super().cacheable)
-            image, dtypes = super().inputs["image"], self.terms.dtypes
-            for name in self.terms.names:
-                of, section = (teacher, "config.teacher") if name == "relation" else (spec, "config.backbone")
+            found, terms = dict(super().cacheable), self.terms
+            for name in terms.names if terms else ():
+                relation = name == "relation"
+                of, section = (terms.teacher, "config.teacher") if relation else (terms.spec, "config.backbone")
                 open_part, reads = (parts.text, ("caption",)) if name == "contrast" else (parts.vision, ("image",))
                 described = dataclasses.asdict(dataclasses.replace(of, source=""))
-                facts = {"spec": described, "image": str(image), "dtypes": dtypes}
+                facts = {"spec": described, "image": str(terms.image), "dtypes": terms.dtypes}
                 source = {name: open_part(of.source, of, section)}
                 found[name] = Cacheable((of.embed_dim,), facts, source, functools.partial(self._frozen, name), reads)
             return found

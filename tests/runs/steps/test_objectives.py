@@ -91,6 +91,20 @@ def choices(name: str) -> list:
     return [(path, value) for path in own for value in values[path]]
 
 
+@pytest.mark.parametrize("latents", ["", "a folder"])
+@pytest.mark.parametrize("name", DEVICES)
+def test_every_objective_takes_every_term(name, latents):
+    c = config_of(name, {}).unlock()
+    c.data.latents = latents
+    terms = {"anchor", "relation"} | ({"contrast"} if c.backbone.text.width else set())
+    for term in terms:
+        c[term].weight = 0.5
+    p = small.program(c)
+    found = p.objective
+    assert terms <= (found.inputs if latents else found.pretrained()).keys() and terms <= found.cacheable.keys()
+    assert set(found.pretrained()) <= {n.split("/")[0] for n in p.arrays}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", DEVICES)
 def test_every_choice_of_an_objective_can_be_differentiated(name, tmp_path):
