@@ -93,17 +93,20 @@ def all_reduce_seconds(size: float, chip: Chip, shape: tuple[int, ...]) -> float
 
 
 _SCOPE = re.compile(r"(?:\w+\()*([\w-]+)\)*")  # With the transformations around it: transpose(jvp(unet)).
-_RECOMPUTED = {"checkpoint", "rematted_computation"}
+_AGAIN = "rematted_computation"  # The scope of what the backward pass computes a second time, by `jax.checkpoint`.
 
 
 def flops_by_part(jaxpr: Jaxpr, times: int = 1, part: str = "") -> collections.Counter[str]:
     """The model FLOPs of a jaxpr that is run `times` times in the part `part`, by the outermost `jax.named_scope`, the
     part; "" for operations outside of any: matrix products and convolutions alone, a multiply-add as two, every
-    convolution with its full window. Of the traced loss and its gradient they are the numerator of MFU."""
+    convolution with its full window. What is computed again to save memory does not count. Of the traced loss and its
+    gradient they are the numerator of MFU."""
     total = collections.Counter()
     for e in jaxpr.eqns:
-        scopes = (_SCOPE.fullmatch(scope) for scope in str(e.source_info.name_stack).split("/"))
-        own = part or next((scope[1] for scope in scopes if scope and scope[1] not in _RECOMPUTED), "")
+        names = [m[1] for scope in str(e.source_info.name_stack).split("/") if (m := _SCOPE.fullmatch(scope))]
+        if _AGAIN in names:
+            continue
+        own = part or next((name for name in names if name != "checkpoint"), "")
         if e.primitive.name == "dot_general":
             (contracted, _), _ = e.params["dimension_numbers"]
             summed = math.prod(e.invars[0].aval.shape[i] for i in contracted)

@@ -6,7 +6,6 @@ import functools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -29,9 +28,7 @@ from diva_jax.models.layers import Array, abstract
 from diva_jax.training import partition, workdirs
 from diva_jax.weights import names, origins, parts
 
-_READER_THREADS = 16
-
-
+READER_THREADS = 16
 _WHICH = r"all|random \d+"
 _READOUT = re.compile(
     r"(?P<cls>pooled|cls|l2\(cls\))"
@@ -165,7 +162,7 @@ class Towers:
         spans = sharding.addressable_devices_indices_map((self.batch,)).values()
         mine = sorted({i for (span,) in spans for i in range(*span.indices(self.batch))})
         padding = [np.zeros(x.shape, x.dtype) for x in like]
-        with ThreadPoolExecutor(_READER_THREADS) as pool:
+        with ThreadPoolExecutor(READER_THREADS) as pool:
 
             def begin(first: int) -> dict[int, Future]:
                 return {i: pool.submit(read, first + i) for i in mine if first + i < count}
@@ -196,7 +193,7 @@ class Towers:
                 return (pixels,)
             return pixels, patch_weights(readout, spec.patches, [i], seeds, self.settings.seed)[0]
 
-        out, step = [], partial(self._encode_images, arrays, readout=readout)
+        out, step = [], functools.partial(self._encode_images, arrays, readout=readout)
         # A bar appears after half a minute.
         with tqdm(total=count, unit=" images", delay=30, mininterval=30, disable=jax.process_index() > 0) as progress:
             for embeddings in self.outputs(step, load, count, *like):
@@ -209,14 +206,14 @@ class Towers:
     ) -> Iterator[np.ndarray]:
         """Patch tokens of windows 0..count-1, in order, each float32 [P, D], not normalised. `read` gives window i,
         uint8 [S, S, 3], in threads; `last` is how the last block is run, see `models.backbones.shared.dense`."""
-        step = partial(self._encode_dense, arrays, last=last)
+        step = functools.partial(self._encode_dense, arrays, last=last)
         for tokens in self.outputs(step, lambda i: (read(i),), count, self._pixels):
             yield from tokens
 
     def texts(self, arrays: Mapping[str, Array], ids: np.ndarray) -> np.ndarray:
         """Computes the embeddings of token ids int32 [N, context_length]: float32 [N, D], not normalised."""
         like = jax.ShapeDtypeStruct(ids.shape[1:], ids.dtype)
-        step = partial(self._encode_texts, arrays)
+        step = functools.partial(self._encode_texts, arrays)
         return np.concatenate(list(self.outputs(step, lambda i: (ids[i],), len(ids), like))).astype(np.float32)
 
 

@@ -92,13 +92,9 @@ class Update(nnx.Module):
 
     def _dropped(self, x: Array, keys: Array) -> Array:
         """[B, ..., n_in] -> [parts, B, ..., n_in]: each part has a mask of its own."""
-        keep = 1 - self.drop
-
-        def masks(key):
-            shape = (len(self.parts), *x.shape[1:])
-            return jax.random.bernoulli(jax.random.fold_in(key, self.index), keep, shape)
-
-        mask = jnp.moveaxis(jax.vmap(masks)(keys), 1, 0)
+        keep, shape = 1 - self.drop, (len(self.parts), *x.shape[1:])
+        draw = lambda key: jax.random.bernoulli(jax.random.fold_in(key, self.index), keep, shape)  # noqa: E731
+        mask = jnp.moveaxis(jax.vmap(draw)(keys), 1, 0)
         return jnp.where(mask, x / jnp.asarray(keep, x.dtype), 0)
 
     def __call__(self, x: Array) -> Array:

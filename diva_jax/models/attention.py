@@ -8,9 +8,7 @@ while a function is traced, by the platform that it is traced for (`platform.py`
 import jax
 import jax.numpy as jnp
 
-from diva_jax.models.platform import LANES, allowed, by_device, tile, traced_for
-
-Array = jax.Array
+from diva_jax.models.platform import LANES, Array, allowed, by_device, tile, traced_for
 
 # Smallest number of queries for which the kernel is used, for self-attention and for cross-attention. With fewer
 # queries, the scores fit into VMEM and XLA's fused softmax is not limited by HBM bandwidth.

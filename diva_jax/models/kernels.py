@@ -23,9 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from diva_jax.models.layers import geglu_gradient, normal_cdf
-from diva_jax.models.platform import LANES, dot, tile
-
-Array = jax.Array
+from diva_jax.models.platform import LANES, Array, dot, tile
 
 # Names of the kernels in compiled programs, followed by the head dim; costs/hlo.py counts their FLOPs by these names.
 FORWARD, BACKWARD = "flash_forward_d", "flash_backward_d"

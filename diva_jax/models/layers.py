@@ -4,16 +4,13 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from diva_jax.models.attention import attention as attention
-from diva_jax.models.platform import traced_for
-
-Array = jax.Array
+from diva_jax.models.platform import Array, traced_for
 
 
 def widened(x: Array) -> Array:
@@ -191,7 +188,7 @@ _geglu.defvjp(lambda x: (_geglu(x), x), _geglu_backward)
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "quick_gelu": quick_gelu,
     "gelu": gelu,
-    "gelu_tanh": partial(jax.nn.gelu, approximate=True),
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
     "silu": jax.nn.silu,
 }
 
@@ -249,12 +246,9 @@ def _convolve_backward(strides, padding, precision, given, g):
 _fast.defvjp(_convolve_forward, _convolve_backward)
 
 
-def convolve(
-    x: Array, kernel: Array, strides: Sequence[int], padding: Padding, *, dimension_numbers, precision=None, **others
-) -> Array:
-    """`jax.lax.conv_general_dilated` for `nnx.Conv`, channels last, with the gradients above on CPUs."""
-    plain = jax.lax.conv_general_dilated
-    ones = all(d == 1 for name in ("lhs_dilation", "rhs_dilation") for d in others.get(name, (1,)))
-    if traced_for() != "cpu" or not ones or others.get("feature_group_count", 1) != 1 or isinstance(padding, str):
-        return plain(x, kernel, strides, padding, dimension_numbers=dimension_numbers, precision=precision, **others)
-    return _fast(x, kernel, tuple(strides), tuple(map(tuple, padding)), precision)
+def convolve(x: Array, kernel: Array, strides: Sequence[int], padding: Padding, *, precision=None, **others) -> Array:
+    """`jax.lax.conv_general_dilated` for the `nnx.Conv` of `Layers`, channels last, with the gradients above on CPUs.
+    There, `others` say no more than that nothing is dilated and no channels are grouped."""
+    if traced_for() == "cpu":
+        return _fast(x, kernel, tuple(strides), tuple(map(tuple, padding)), precision)
+    return jax.lax.conv_general_dilated(x, kernel, strides, padding, precision=precision, **others)

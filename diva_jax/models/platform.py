@@ -14,23 +14,6 @@ from jax.sharding import PartitionSpec as P
 
 # Names of kernels, or None for all of them.
 _KERNELS: contextvars.ContextVar[frozenset[str] | None] = contextvars.ContextVar("kernels", default=None)
-# Whether the backward pass computes blocks again where a config says so.
-_RECOMPUTES: contextvars.ContextVar[bool] = contextvars.ContextVar("recomputes", default=True)
-
-
-@contextlib.contextmanager
-def counting() -> Iterator[None]:
-    """Context manager in which what is traced computes nothing twice, to count FLOPs."""
-    token = _RECOMPUTES.set(False)
-    try:
-        yield
-    finally:
-        _RECOMPUTES.reset(token)
-
-
-def recomputes(remat: bool) -> bool:
-    """Whether a block that is to be computed again in the backward pass is, see `counting`."""
-    return remat and _RECOMPUTES.get()
 
 
 @contextlib.contextmanager

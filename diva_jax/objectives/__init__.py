@@ -19,13 +19,11 @@ import inspect
 import pkgutil
 from types import ModuleType
 
-from ml_collections import ConfigDict
-
-from diva_jax.common import config_files, fields
+from diva_jax.common import config_files
 from diva_jax.common.errors import UserError, explained, listing
 from diva_jax.objectives.contract import Objective, Pace, Progress, Stage, tune
 
-__all__ = ["Objective", "Pace", "Progress", "Stage", "default", "find", "names", "section", "stages", "tune"]
+__all__ = ["Objective", "Pace", "Progress", "Stage", "find", "names", "section", "stages", "tune"]
 
 
 def names() -> list[str]:
@@ -53,11 +51,6 @@ def find(name: str) -> ModuleType:
 def section(name: str) -> str:
     """Returns the name of the config section of an objective: the last component of its path."""
     return name.rpartition(".")[2]
-
-
-def default(name: str) -> ConfigDict:
-    """Returns the section of an objective: its own fields with their defaults."""
-    return fields.default_of(find(name))
 
 
 def stages(config) -> tuple[Stage, ...]:

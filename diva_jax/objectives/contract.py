@@ -155,22 +155,6 @@ class LatentSource:
         """The shape of one image's latents."""
         return *self.shape[:2], self.vae.latent_channels
 
-    @property
-    def inputs(self) -> Mapping[str, inputs.Input]:
-        """What the batch holds: "image", and "moments" where they are cached."""
-        image = {"image": inputs.Image(self.size)}
-        return image | {"moments": inputs.Cached(self.shape)} if self.cached else image
-
-    @property
-    def pretrained(self) -> Mapping[str, Part]:
-        """{"vae": its source}; nothing where moments are cached."""
-        return {} if self.cached else {"vae": self.part}
-
-    def facts(self) -> dict[str, Any]:
-        """What moments depend on beside the image, its crop and the VAE's weights, for JSON."""
-        vae = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self.vae).items()}
-        return {"vae": vae, "image_size": self.size, "dtype": self.dtype, "held": self.held, "view": self.view}
-
 
 class Progress(NamedTuple):
     """What a loss may know of the run."""
@@ -206,10 +190,11 @@ class Objective(nnx.Module):
         determine the data pipeline, the abstract batch of a compilation, and the step. Each batch also has "row": int32
         [B], the row of the image in the global batch. By default they are those of `latent_source`: "image", uint8 [S,
         S, 3] at the VAE's resolution, and "moments" where they are cached."""
-        if self.latent_source is None:
+        if (source := self.latent_source) is None:
             problem = f"{type(self).__module__}: its Objective does not define inputs, what a batch holds"
             raise UserError(f"{problem}: {_PAGE}")
-        return self.latent_source.inputs
+        image = {"image": inputs.Image(source.size)}
+        return image | {"moments": inputs.Cached(source.shape)} if source.cached else image
 
     def loss(self, batch: Mapping[str, jax.Array], keys: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Computes the loss of one micro-batch.
@@ -239,8 +224,10 @@ class Objective(nnx.Module):
         source = self.latent_source
         if source is None:
             return {}
+        vae = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(source.vae).items()}
+        facts = {"vae": vae, "image_size": source.size, **{n: getattr(source, n) for n in ("dtype", "held", "view")}}
         make = lambda batch: self.moments(preprocess.to_float(batch["image"]))  # noqa: E731
-        return {"moments": Cacheable(source.shape, source.facts(), {"vae": source.part}, make)}
+        return {"moments": Cacheable(source.shape, facts, {"vae": source.part}, make)}
 
     def pretrained(self) -> Mapping[str, Part]:
         """Returns prefix of parameter names -> source of these parameters; all others keep their initial values. The

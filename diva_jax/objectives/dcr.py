@@ -26,7 +26,6 @@ from diva_jax.data import preprocess
 from diva_jax.models import adapters
 from diva_jax.models.diffusion.flow import Projector, TorchLayers
 from diva_jax.models.layers import Array, widened
-from diva_jax.models.platform import recomputes
 from diva_jax.objectives import contract
 from diva_jax.objectives.contract import EXACT, FAITHFUL, switch
 from diva_jax.objectives.shared.stable_diffusion import StableDiffusionObjective, view_stats, weighted_sum
@@ -228,7 +227,7 @@ class Objective(StableDiffusionObjective):
         mesh, conditions = jax.sharding.get_abstract_mesh(), self.conditions
         chips = 1 if mesh.empty else mesh.size
         local = images // chips if images % chips == 0 else images
-        if not recomputes(self.options.tile < conditions):
+        if self.options.tile >= conditions:
             return local // _largest_divisor(local, self.options.tile // conditions), conditions
         together = _largest_divisor(local, self.options.tile)
         return local // together, _largest_divisor(conditions, self.options.tile // together)

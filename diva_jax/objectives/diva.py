@@ -162,11 +162,10 @@ class Objective(StableDiffusionObjective):
         indices = jax.vmap(lambda k: draw_token_indices(k, self.spec.select, self.spec.patches))(token_keys)
         return DivaDraws(timesteps, noise, indices)
 
-    def views(self, pixels: Array) -> tuple[Array, Array]:
-        """Pixels [B, S, S, 3] in [0, 1] -> (VAE view, backbone view), each normalised for its model."""
-        o, stats = self.options, view_stats(self.spec, self.options.backbone_stats)
-        backbone_view = preprocess.backbone_view(pixels, self.spec.image_size, *stats, o.backbone_resize)
-        return preprocess.vae_view(pixels, o.vae_view), backbone_view
+    def view(self, pixels: Array) -> Array:
+        """Pixels [B, S, S, 3] in [0, 1] -> the backbone's input, normalised."""
+        stats = view_stats(self.spec, self.options.backbone_stats)
+        return preprocess.backbone_view(pixels, self.spec.image_size, *stats, self.options.backbone_resize)
 
     def weights(self) -> Array:
         """The weight of each draw's loss in the gradient, [N]. The step averages over A micro-batches, so `faithful`,
@@ -192,13 +191,12 @@ class Objective(StableDiffusionObjective):
         of the VAE's posterior, [B, h, w, 2 c], are computed where they are not given. Returns (weighted sum of the
         draws' losses, {latents [B, h, w, c]; and by draw: features [N, B, n, D], context [N, B, n, C], pred_noise [N,
         B, h, w, c], losses [N]})."""
-        _, backbone_view = self.views(pixels)
-        latents = self.latents(pixels, moments)
+        view, latents = self.view(pixels), self.latents(pixels, moments)
         shared = self.options.backbone_passes == EXACT
 
         def encode(vision):
             with jax.named_scope("vision"):
-                seen = vision.encode(backbone_view)
+                seen = vision.encode(view)
             if self.options.condition_of == "next":
                 seen = jax.tree.map(lambda x: jnp.roll(x, -1, axis=0), seen)
             return seen
@@ -240,7 +238,7 @@ class Objective(StableDiffusionObjective):
         (`add_text` token), or their mean in every one of its tokens (mean)."""
         pixels = [preprocess.to_float(batch[k]) for k in ("image", "other")]
         latents = self.latents(pixels[0])
-        both = jax.lax.map(self.vision.encode, jnp.stack([self.views(p)[1] for p in pixels]))
+        both = jax.lax.map(self.vision.encode, jnp.stack([self.view(p) for p in pixels]))
         # Features of the images themselves, and of the others.
         seen = [Features(*(x[i] for x in both)) for i in (0, 1)]
         drawn = self.draw(keys, latents.shape[1:], len(edges) - 1)

@@ -150,11 +150,10 @@ class Objective(StableDiffusionObjective):
 
         return jax.vmap(one)(keys)
 
-    def views(self, pixels: Array) -> tuple[Array, Array]:
-        """Pixels [B, S, S, 3] in [0, 1] -> (VAE view, backbone view), each normalised for its model."""
-        s = self.spec
-        mode = "aligned" if self.options.clip_view == "ldm" else "exact"
-        return preprocess.vae_view(pixels), preprocess.backbone_view(pixels, s.image_size, s.mean, s.std, mode)
+    def view(self, pixels: Array) -> Array:
+        """Pixels [B, S, S, 3] in [0, 1] -> the backbone's input, normalised."""
+        s, mode = self.spec, "aligned" if self.options.clip_view == "ldm" else "exact"
+        return preprocess.backbone_view(pixels, s.image_size, s.mean, s.std, mode)
 
     def encode_latents(self, pixels: Array, drawn: UnclipDraws, moments: Array | None = None) -> Array:
         """z0, [B, h, w, c]; see `latents`."""
@@ -200,8 +199,8 @@ class Objective(StableDiffusionObjective):
         """The loss of pixels [B, S, S, 3] in [0, 1], and everything on the way to it. `moments` of the VAE's posterior,
         [B, h, w, 2 c], are computed where they are not given. Returns (scalar, {latents, pred [B, h, w, c], embed [B,
         d], class_labels [B, 2 d], errors [B]})."""
-        _, view = self.views(pixels)
-        latents, embed = self.encode_latents(pixels, drawn, moments), self.embed(view)
+        view, latents = self.view(pixels), self.encode_latents(pixels, drawn, moments)
+        embed = self.embed(view)
         if self.options.condition_of == "next":
             embed = jnp.roll(embed, -1, axis=0)
         labels = self.class_labels(embed, drawn)
@@ -215,7 +214,7 @@ class Objective(StableDiffusionObjective):
         For the text alone the class label is zero, as for the images that lost theirs in the generator's training. The
         latents are the same in all bins; no class label is dropped."""
         pixels = [preprocess.to_float(batch[k]) for k in ("image", "other")]
-        embeds = jax.lax.map(self.embed, jnp.stack([self.views(p)[1] for p in pixels]))
+        embeds = jax.lax.map(self.embed, jnp.stack([self.view(p) for p in pixels]))
         latents = self.encode_latents(*self.draw_for(batch, keys))
 
         def one_bin(x):

@@ -3,7 +3,6 @@ of the page, what is wrong or in doubt in an evaluation or a run."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from typing import NamedTuple
 
 from diva_jax.common.results_schema import Comparison, Results, Score, Task, Weights
 from diva_jax.evals.results import LESS, MORE
@@ -35,7 +34,7 @@ def findings(inputs: Inputs) -> list[Finding]:
     for s in results.summary:
         doubt = s.after in doubtful and s.says == MORE
         kind = "up doubted" if doubt else {MORE: "up won", LESS: "down lost"}.get(s.says, "zero")
-        out.append(Finding(s.what, s.says, f"{_NO_IMPROVEMENT} " * doubt + f"{s.detail}.", kind))
+        out.append(Finding(s.what, f"{_NO_IMPROVEMENT} " * doubt + f"{s.detail}.", kind, s.says))
     return out + (known or others or list(_scores_alone(results)))
 
 
@@ -53,7 +52,7 @@ def _finding(task: Task, c: Comparison, metric: str, several: bool, doubted: boo
         meaning = f"{c.after} does not beat the control, so nothing can be claimed. {meaning}"
     if doubted:
         meaning = f"{_NO_IMPROVEMENT} {meaning}"
-    return Finding(what, wording.change(before, after, difference, info.unit), meaning, kind)
+    return Finding(what, meaning, kind, wording.change(before, after, difference, info.unit))
 
 
 def _scores_alone(results: Results) -> Iterator[Finding]:
@@ -67,7 +66,7 @@ def _scores_alone(results: Results) -> Iterator[Finding]:
                     if score.known_interval:
                         figures += f" (95% interval {wording.interval(score.known_interval, info.unit, decimals)})"
                     meaning = f"Score of {label}; there are no other weights to compare with."
-                    yield Finding(f"{task.title}, {info.title}", figures, meaning)
+                    yield Finding(f"{task.title}, {info.title}", meaning, figures=figures)
 
 
 def sections(inputs: Inputs) -> list[Section]:
@@ -78,7 +77,7 @@ def sections(inputs: Inputs) -> list[Section]:
         used = [(i, label, task.weights[label]) for i, label in enumerate(labels) if label in task.weights]
         compared = [c for c in task.comparisons if c.differences()]
         against = [f"{c.after} against {c.before}" if c.before in task.controls else c.after for c in compared]
-        head = [Label("Score"), *(Label(label, role=colour_role(i)) for i, label, _ in used)]
+        head = [Label("Score"), *(Label(label, f"var(--{colour_role(i)})") for i, label, _ in used)]
         head += [Label("Difference" if len(compared) == 1 else f"Difference, {what}") for what in against]
         columns = [(w.scores, False) for _, _, w in used] + [(c.differences(), c.after in doubtful) for c in compared]
         known = any(s.known_interval for _, _, w in used for s in w.scores.values())
@@ -194,25 +193,17 @@ _NOISE_METRICS = ("gap_other", "gradient_cosine")
 _MAX_NAMED_METRICS = 4
 
 
-class Alarm(NamedTuple):
-    """One line of the strip; `kind` is "bad", or "doubt" where the data do not show an effect."""
-
-    title: str
-    text: str
-    kind: str
-
-
-def _collapse(before: float | None, after: float | None, cosine: float | None, who: str) -> Iterator[Alarm]:
+def _collapse(before: float | None, after: float | None, cosine: float | None, who: str) -> Iterator[Finding]:
     if before and after is not None and after < MIN_SHARE_OF_EFFECTIVE_RANK * before:
         figures = f"the effective rank fell from {wording.compact(before)} to {wording.compact(after)}"
-        yield Alarm(
+        yield Finding(
             "Representation collapsed",
             f"{who}: {figures}. Different images have nearly the same embedding, so other scores of these weights "
             "must not be read as improvements.",
             "bad",
         )
     if cosine is not None and cosine < MIN_COSINE_TO_ORIGINAL:
-        yield Alarm(
+        yield Finding(
             "Representation replaced",
             f"{who}: the mean cosine to the original embedding is {wording.compact(cosine)}. What was built on the "
             "original encoder (its text tower, probes, MLLMs) does not fit these weights.",
@@ -220,7 +211,7 @@ def _collapse(before: float | None, after: float | None, cosine: float | None, w
         )
 
 
-def _drift(task: Task) -> Iterator[tuple[str, Alarm]]:
+def _drift(task: Task) -> Iterator[tuple[str, Finding]]:
     """Returns (label of the weights, alarm) of each comparison."""
     for c in task.comparisons:
         ranks = [task.weights[label].scores.get("effective_rank") for label in (c.before, c.after)]
@@ -236,7 +227,7 @@ def doubted(inputs: Inputs) -> set[str]:
     return labels.union(*(run.labels for run in inputs.runs if any(_run_drift(run))))
 
 
-def _noise(label: str, intervals: Mapping[str, list[float] | None], kind: str = "bad") -> Iterator[Alarm]:
+def _noise(label: str, intervals: Mapping[str, list[float] | None], kind: str = "bad") -> Iterator[Finding]:
     """The alarm for intervals of the feedback's metrics that are not above zero."""
     empty = [
         f"{metric} ({wording.interval(ends, '', wording.places(ends, ''))})"
@@ -244,7 +235,7 @@ def _noise(label: str, intervals: Mapping[str, list[float] | None], kind: str = 
         if ends and ends[0] <= 0
     ]
     if empty:
-        yield Alarm(
+        yield Finding(
             "Feedback is noise",
             f"{label}: the interval of {' and of '.join(empty)} is not above zero: these data show no signal about the "
             "image in what the encoder is tuned with.",
@@ -252,7 +243,7 @@ def _noise(label: str, intervals: Mapping[str, list[float] | None], kind: str = 
         )
 
 
-def _comparisons(results: Results) -> Iterator[Alarm]:
+def _comparisons(results: Results) -> Iterator[Finding]:
     """Differences for the worse in any metric, and main metrics without a difference, per comparison."""
     found: dict[tuple[bool, str, bool], list[str]] = {}
     for task in results.tasks.values():
@@ -270,22 +261,22 @@ def _comparisons(results: Results) -> Iterator[Alarm]:
         more = f" and {len(names) - _MAX_NAMED_METRICS} more" if len(names) > _MAX_NAMED_METRICS else ""
         listed = ", ".join(names[:_MAX_NAMED_METRICS]) + more
         if worse:
-            yield Alarm(f"Worse than {'the control' if control else 'before'}", f"{label}: {listed}.", "bad")
+            yield Finding(f"Worse than {'the control' if control else 'before'}", f"{label}: {listed}.", "bad")
         else:
             says = f"{label}{' against the control' * control}: {listed}"
-            yield Alarm("No difference shown", f"{says}: zero is within the interval of the difference.", "doubt")
+            yield Finding("No difference shown", f"{says}: zero is within the interval of the difference.", "doubt")
 
 
-def _run_drift(run: Run) -> Iterator[Alarm]:
+def _run_drift(run: Run) -> Iterator[Finding]:
     """The drift at the last evaluation of a run in training."""
     rank, change = run.last("eval/drift/effective_rank"), run.last("eval/drift/effective_rank_change")
     before = rank - change if rank is not None and change is not None else None
     yield from _collapse(before, rank, run.last("eval/drift/cosine"), f"run {run.name}, last evaluation")
 
 
-def alarms(inputs: Inputs) -> list[Alarm]:
+def alarms(inputs: Inputs) -> list[Finding]:
     """Returns everything that is wrong or in doubt, the worst first."""
-    out: list[Alarm] = []
+    out: list[Finding] = []
     if inputs.results:
         for task in inputs.results.tasks.values():
             out += [alarm for _, alarm in _drift(task)]
@@ -295,7 +286,7 @@ def alarms(inputs: Inputs) -> list[Alarm]:
                 kind = "doubt" if i == 0 and len(task.weights) > 1 else "bad"
                 out += _noise(label, {m: s.known_interval for m, s in scores.items()}, kind)
         out += _comparisons(inputs.results)
-        out += [Alarm("Several checkpoints of one run", f"{note}.", "doubt") for note in inputs.results.notes]
+        out += [Finding("Several checkpoints of one run", f"{note}.", "doubt") for note in inputs.results.notes]
     for run in inputs.runs:
         ends = {m: [run.last(f"feedback/{m}/{end}") for end in ("low", "high")] for m in _NOISE_METRICS}
         known = {m: e for m, e in ends.items() if None not in e and e[0] < e[1]}

@@ -155,11 +155,9 @@ def _inline(svg: str, label: str, tooltips) -> Markup:
 
 @dataclasses.dataclass(frozen=True)
 class Label:
-    """A name, with its unit, and a colour of the stylesheet (`role`, a key of `figures.COLOURS`) or a CSS colour."""
+    """A name and the CSS colour beside it, if any."""
 
     text: str
-    unit: str = ""
-    role: str = ""
     colour: str = ""
 
 

@@ -93,13 +93,13 @@ def segmented(task: Task, labels: list[str]) -> list[Part]:
         except Exception:
             parts.append(Part("paragraph", line=f"Image {i + 1} of results.json cannot be read.", kind="fine"))
             continue
-        roles = {w: colour_role(labels.index(w)) for w in used} if len(used) > 1 else {}
+        colours = {w: f"var(--{colour_role(labels.index(w))})" for w in used} if len(used) > 1 else {}
         images = [(_thumbnail(shown[0].image), Label("image"))]
         for what, numbers in maps.items():
             image = Image.fromarray(numbers, "L")
             image.putpalette((palette + [0] * 768)[: 3 * _UNLABELLED] + list(_UNLABELLED_COLOUR))
             coloured = EmbeddedImage(_uri(image, "png", optimize=True), what)
-            images.append((coloured, Label(what, role=roles.get(what, ""))))
+            images.append((coloured, Label(what, colours.get(what, ""))))
         parts.append(Part("strip", images=images, **_legend(list(maps.values()), names)))
     return parts
 
@@ -108,9 +108,9 @@ def _legend(maps: list[np.ndarray], names: list[str]) -> dict[str, Any]:
     """Returns the names of the classes in some maps, the most frequent ones first, and how many more there are."""
     counts = np.bincount(np.concatenate([m.ravel() for m in maps]), minlength=_UNLABELLED + 1)[: len(names)]
     order = [i for i in np.argsort(-counts, kind="stable") if counts[i]]
-    labels = [Label(names[i], colour=f"rgb{class_colour(i, names[i])}") for i in order[:_MAX_NAMED_CLASSES]]
+    labels = [Label(names[i], f"rgb{class_colour(i, names[i])}") for i in order[:_MAX_NAMED_CLASSES]]
     if (maps[0] == _UNLABELLED).any():
-        labels.append(Label("not labelled", colour=f"rgb{_UNLABELLED_COLOUR}"))
+        labels.append(Label("not labelled", f"rgb{_UNLABELLED_COLOUR}"))
     return {"legend": labels or [Label("No labelled pixel.")], "more": max(0, len(order) - _MAX_NAMED_CLASSES)}
 
 

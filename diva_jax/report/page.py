@@ -108,11 +108,12 @@ def run_finding(run: Run) -> Finding:
     loss = [v for _, v in run.curve("loss")]
     progress = f"{run.name}, step {run.rows[-1]['step']:,}" + (f" of {run.total:,}" if run.total else "")
     if not loss:
-        return Finding(progress, "no loss logged", "")
+        return Finding(progress, "", figures="no loss logged")
     some = max(1, len(loss) // 20)
     means = fmean(loss[:some]), fmean(loss[-some:])
     figures = "\u00a0→\u00a0".join(wording.number(v, "", wording.places(means, "")) for v in means)
-    return Finding(progress, f"loss {figures}", f"Means over the first and the last {some} of {len(loss)} logged rows.")
+    meaning = f"Means over the first and the last {some} of {len(loss)} logged rows."
+    return Finding(progress, meaning, figures=f"loss {figures}")
 
 
 def run_sections(runs: list[Run]) -> list[Section]:

@@ -14,13 +14,14 @@ _NO_BREAK_SPACE = "\u00a0"
 
 
 class Finding(NamedTuple):
-    """A result for the header of the page: what was measured, the values, the conclusion that they allow, and CSS
-    classes, see `direction`, which are "" without an interval."""
+    """A result for the header of the page: what was measured, the conclusion, CSS classes, see `direction`, which are
+    "" without an interval, and the values. Of an alarm, without values, the class is "bad", or "doubt" where the data
+    do not show an effect."""
 
     what: str
-    figures: str
     meaning: str
     kind: str = ""
+    figures: str = ""
 
 
 def compact(value: float, digits: int = 3, zeros: bool = False) -> str:
@@ -88,12 +89,11 @@ def direction(difference: Difference, better: str, doubted: bool = False) -> str
     """The CSS classes of a difference: "zero" where zero is within the interval; else "up" or "down" by the sign and,
     where better values of the metric are "higher" or "lower", "won" or "lost"; "" without an interval. Instead of "won"
     it is "doubted" where something else says that it is no improvement."""
-    known = excludes_zero(difference.known_interval)
-    if known is None:
+    if difference.known_interval is None:
         return ""
-    if not known or (difference.runs_interval and not difference.sign):
+    if not difference.sign:
         return "zero"
-    up = difference.difference > 0
+    up = difference.sign > 0
     won = "doubted" if doubted else "won"
     colour = "" if not better else won if up == (better == "higher") else "lost"
     return f"{'up' if up else 'down'} {colour}".strip()

@@ -297,8 +297,7 @@ class Program:
             return self.skeleton.merge(trained, frozen).loss(batch, keys)[0]
 
         keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), count))
-        with platform.counting():
-            jaxpr = jax.make_jaxpr(jax.value_and_grad(loss))({n: shapes[n] for n in active}, frozen, batch, keys)
+        jaxpr = jax.make_jaxpr(jax.value_and_grad(loss))({n: shapes[n] for n in active}, frozen, batch, keys)
         return collections.Counter({part: n / count for part, n in chips.flops_by_part(jaxpr.jaxpr).items()})
 
     def step(self, stage: int) -> "Step":

@@ -25,7 +25,7 @@ from diva_jax.data import preprocess
 from diva_jax.models import backbones, layers
 from diva_jax.models.backbones import Spec, TextSpec, architecture, architectures
 from diva_jax.models.backbones.shared.transformer import Text, require_text
-from diva_jax.models.backbones.shared.transformers_layout import Layout, Recipe
+from diva_jax.models.backbones.shared.transformers_layout import Layout, Recipe, image_processor
 from diva_jax.models.names import Table, flat, from_torch_layout, to_torch_layout, torch_shape
 from diva_jax.weights.formats import Tensor, Tensors
 
@@ -276,4 +276,5 @@ def from_transformers(
 def transformers_configs(spec: Spec, dtype: str = "float32") -> tuple[dict, dict]:
     """The contents of config.json, for weights of a dtype, and of preprocessor_config.json, the test-time transform; a
     UserError for what transformers has not."""
-    return _layout(spec).to_config(spec, dtype), _layout(spec).preprocessor(spec)
+    layout = _layout(spec)
+    return layout.to_config(spec, dtype), image_processor(spec, layout.processor)

@@ -280,7 +280,7 @@ def test_runs_of_other_seeds_and_several_checkpoints(tmp_path, config, data, bas
     with open(tmp_path / "out" / "predictions.csv") as f:
         assert {"s1:5", "s2:5", "s3:5", "tuned:2"} < {row["weights"] for row in csv.DictReader(f)}
     read = inputs.read(tmp_path / "out")
-    assert any("Several checkpoints" in str(alarm.title) for alarm in evaluation.alarms(read))
+    assert any("Several checkpoints" in str(alarm.what) for alarm in evaluation.alarms(read))
     assert page.sections(read)[0].title == "MMVP-VLM"
     wrong = [f"--weights={base}", f"--weights=tuned={workdir}:2,{others[0]}", f"--out={tmp_path / 'wrong'}"]
     wrong = flags(tmp_path, config, *wrong, *(a for a in args if not a.startswith("--weights")))

@@ -79,6 +79,8 @@ def test_genhancers_denoiser(side, forward, condition):
 ], ids=['diva', 'dcr', 'genhancer'])  # fmt: skip
 def test_what_is_computed_again_does_not_count(make, again):
     plain, recomputed = (small.program(make(**fields)).flops() for fields in ({}, again))
+    if "dcr__tile" in again:  # What the conditions of an image have in common is computed once for all tiles.
+        assert 0.9 < recomputed.pop("unet") / plain.pop("unet") < 1
     assert plain == pytest.approx(recomputed, rel=1e-4) and plain["vision"] > 0
 
 

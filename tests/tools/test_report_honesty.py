@@ -84,8 +84,8 @@ def test_noise_and_differences_that_are_none(tmp_path):
 def test_a_run_that_collapses_says_so_beyond_the_bounds_of_the_drift(tmp_path):
     samples.write_run(tmp_path, rows=60, collapses=True)
     found = evaluation.alarms(inputs.read(tmp_path))
-    assert [alarm.title for alarm in found] == ["Representation collapsed", "Feedback is noise"]
-    assert "effective rank fell from 234 to 3." in found[0].text
+    assert [alarm.what for alarm in found] == ["Representation collapsed", "Feedback is noise"]
+    assert "effective rank fell from 234 to 3." in found[0].meaning
     # An evaluation of its checkpoints has no green headline either.
     samples.write_evaluation(tmp_path / "out", [], tmp_path, mmvp=samples.mmvp_task([]))
     assert evaluation.findings(inputs.read(tmp_path / "out"))[0].kind == "up doubted"
@@ -95,7 +95,7 @@ def test_a_run_that_collapses_says_so_beyond_the_bounds_of_the_drift(tmp_path):
         ((100.0, 51.0), 0.499, ["Representation replaced"]),
     ):
         found = evaluation.alarms(read(tmp_path / "bounds", drift=samples.drift_task(ranks, cosine)))
-        assert [a.title for a in found] == titles
+        assert [a.what for a in found] == titles
 
 
 @pytest.mark.parametrize("difference", [-3.0, -0.5, 0.5, 3.0])
@@ -119,7 +119,7 @@ def test_sentences_on_a_control_do_not_contradict_themselves(tmp_path, better, d
     refused = f"{samples.AFTER} does not beat the control, so nothing can be claimed."
     assert finding.meaning.startswith(refused) == (better != "" and not beaten)
     assert ("Better" in finding.meaning) == bool(beaten)
-    named = [alarm for alarm in evaluation.alarms(content) if "the control" in alarm.title + alarm.text]
+    named = [alarm for alarm in evaluation.alarms(content) if "the control" in alarm.what + alarm.meaning]
     assert len(named) == (0 if beaten or (abs(difference) > 1 and not better) else 1)
     flipped = [s for s in page.sections(content) if s.title.endswith("that flipped")]
     order = [s.note.partition(",")[2].split(" against ") for s in flipped if s.note.startswith("pooled")]
@@ -173,7 +173,7 @@ def test_an_interval_of_width_zero_is_none(tmp_path):
     samples.write_run(tmp_path / "run", rows=12)
     lines = (tmp_path / "run" / "metrics.jsonl").read_text()
     (tmp_path / "run" / "metrics.jsonl").write_text(re.sub(r'(/(?:low|high)": )[-.\d]+', r"\g<1>0.5", lines))
-    assert not [a for a in evaluation.alarms(inputs.read(tmp_path / "run")) if a.title == "Feedback is noise"]
+    assert not [a for a in evaluation.alarms(inputs.read(tmp_path / "run")) if a.what == "Feedback is noise"]
 
 
 def test_differences_from_the_defaults_come_first(tmp_path):

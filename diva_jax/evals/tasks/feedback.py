@@ -33,7 +33,6 @@ from diva_jax.training.step import Program, image_keys
 TIMESTEP_BINS = 10
 # Images of one gradient.
 _GROUP_SIZE = 8
-_READER_THREADS = 16
 METRICS = packaged(__file__, "feedback.json")["metrics"]
 # What it means that the interval of a metric includes zero.
 _ZERO_MEANS = packaged(__file__, "feedback.json")["zero_means"]
@@ -112,7 +111,7 @@ class Feedback(Task):
             raise UserError(f"{problem}, a trained vision tower, or a loss of images alone: leave feedback out")
         self.edges = np.arange(TIMESTEP_BINS + 1) * objective.timesteps // TIMESTEP_BINS
         self._frozen: dict[str, jax.Array] = {}
-        with ThreadPoolExecutor(_READER_THREADS) as pool:
+        with ThreadPoolExecutor(encode.READER_THREADS) as pool:
             self._pixels = list(pool.map(self._read, self._records))
         everywhere = NamedSharding(mesh, P())
         self._losses = self.program.jitted(self._loss_step, out_shardings=everywhere)
@@ -164,10 +163,9 @@ class Feedback(Task):
         parts, owners = program.objective.pretrained(), workdirs.owners(program)
         missing = wanted.keys() - mine.keys()
         of_base = {n for n in missing if n in owners and parts[owners[n]].source == encoder.base}
-        if others := missing - of_base - self._frozen.keys():
-            self._frozen |= workdirs.initial_arrays(self.program, others, every_source=False)[0]
-        own = workdirs.initial_arrays(program, of_base, every_source=False)[0] if of_base else {}
-        arrays = {n: self._frozen[n] for n in wanted if n in missing - of_base} | own | mine
+        loaded = workdirs.initial_arrays(program, missing - self._frozen.keys(), every_source=False)[0]
+        self._frozen |= {n: a for n, a in loaded.items() if n not in of_base}
+        arrays = {n: a for n, a in (self._frozen | loaded).items() if n in missing} | mine
         # Parameters that start fresh and are not part of the encoder: projections into the U-Net.
         fresh = {n.split("/")[0] for n in missing if n not in owners}
         fresh -= {n.split("/")[0] for t in program.towers.shapes for n in program.towers.needs(t)}

@@ -21,8 +21,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from diva_jax import objectives
-from diva_jax.common import log
+from diva_jax.common import fields, log
 from diva_jax.common.errors import UserError
 from diva_jax.common.fields import at_least, between, choice, field
 from diva_jax.data import images, preprocess
@@ -30,11 +29,10 @@ from diva_jax.evals import Outcome, Settings, encode
 from diva_jax.evals.choice_layouts import ImageRegion, Item
 from diva_jax.evals.tasks import mmvp
 from diva_jax.evals.tasks.choice import PAIRED, Choice, ChoiceOptions, Published
+from diva_jax.objectives import judge
 from diva_jax.training import workdirs
 from diva_jax.training.step import Program
 from diva_jax.weights import parts
-
-_READER_THREADS = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +78,7 @@ class Judge(Choice):
             raise UserError(f"{problem}: give a config of judge or diva")
         config = config.copy_and_resolve_references().unlock()
         own = {f.name for f in dataclasses.fields(JudgeOptions)} - {f.name for f in dataclasses.fields(ChoiceOptions)}
-        config.objective, config.judge = "judge", objectives.default("judge")
+        config.objective, config.judge = "judge", fields.config_dict(judge.SECTION)
         config.judge.update({name: getattr(self.options, name) for name in own - {"neutral"}}, texts="records")
         config.trainable, config.data.latents = ((".*", 1.0),), ""
         for term in ("anchor", "contrast", "relation"):
@@ -116,7 +114,7 @@ class Judge(Choice):
         arrays, _ = workdirs.initial_arrays(self.program, every_source=False)
         found, numbers, put = {}, list(asked), partial(encode.spread, mesh=self.mesh)
         progress = log.progress("judging", sum(map(len, asked.values())), "texts of images")
-        with ThreadPoolExecutor(_READER_THREADS) as pool:
+        with ThreadPoolExecutor(encode.READER_THREADS) as pool:
             for first in range(0, len(numbers), batch):
                 here = numbers[first : first + batch]
                 padded = here + here[:1] * (batch - len(here))

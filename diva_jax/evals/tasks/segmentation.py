@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import functools
 import io
-import json
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -26,6 +25,7 @@ from diva_jax.evals.tasks import zeroshot
 from diva_jax.models import backbones
 from diva_jax.models.backbones import spec_of
 from diva_jax.models.backbones.shared.transformer import VARIANTS
+from diva_jax.models.library_config import packaged
 
 _UNKNOWN = -2
 # How many images, evenly spaced, results.json has the maps of classes of, and the longer side of these [pixels].
@@ -77,8 +77,7 @@ class Set:
     names: Sequence[str]
 
 
-_CONTENT = json.loads(Path(__file__).with_name("segmentation.json").read_text("utf-8"))
-SETS = {name: Set(**row) for name, row in _CONTENT["sets"].items()}
+SETS = {name: Set(**row) for name, row in packaged(__file__, "segmentation.json")["sets"].items()}
 
 
 def class_names(given: str, subject: Set, root: Path) -> list[list[str]]:

@@ -3,7 +3,6 @@ its prompts' normalised embeddings, normalised again; an image belongs to the cl
 
 import dataclasses
 import functools
-import json
 import logging
 import re
 from collections.abc import Mapping, Sequence
@@ -16,6 +15,7 @@ from diva_jax.common.errors import UserError, listing
 from diva_jax.common.fields import field
 from diva_jax.data import labelled
 from diva_jax.evals import AT, ClassificationTask, Classified, Settings, encode, resolved
+from diva_jax.models.library_config import packaged
 
 logger = logging.getLogger(__name__)
 
@@ -38,9 +38,9 @@ class ZeroShotOptions:
 
 
 @functools.cache
-def imagenet(what: str) -> list[str]:
+def imagenet(what: str) -> tuple[str, ...]:
     """ImageNet's 1000 "classes" and 80 "templates", as OpenAI published them, or "wnids" of WordNet, by label."""
-    return json.loads(Path(__file__).with_name("imagenet.json").read_text("utf-8"))[what]
+    return packaged(__file__, "imagenet.json")[what]
 
 
 def class_names(given: str, images: labelled.Images) -> list[list[str]]:

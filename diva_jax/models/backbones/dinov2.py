@@ -4,7 +4,6 @@ Checkpoints have the names of the authors' torch.hub models, here under `visual.
 without registers but the giant one. Position embeddings are interpolated as transformers does it.
 """
 
-import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -157,5 +156,4 @@ def _to_config(spec: Spec, dtype: str) -> dict:
     return config | (dict(num_register_tokens=spec.registers) if spec.registers else dict(use_mask_token=True))
 
 
-_PROCESSOR = functools.partial(hf.image_processor, kind="BitImageProcessor")
-TRANSFORMERS = hf.Layout(_MODELS, "embeddings.cls_token", _from_config, _to_config, _PROCESSOR)
+TRANSFORMERS = hf.Layout(_MODELS, "embeddings.cls_token", _from_config, _to_config, "Bit")

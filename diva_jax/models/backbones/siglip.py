@@ -106,8 +106,4 @@ def _to_config(spec: Spec, dtype: str) -> dict:
     return hf.two_towers(spec, dtype, "siglip", "SiglipModel", {}, dict(projection_size=spec.embed_dim))
 
 
-def _image_processor(spec: Spec) -> dict:
-    return hf.image_processor(spec, "SiglipImageProcessor" if spec.resize_mode == "squash" else "CLIPImageProcessor")
-
-
-TRANSFORMERS = hf.Layout({"siglip": "SiglipModel"}, "vision_model.", _from_config, _to_config, _image_processor)
+TRANSFORMERS = hf.Layout({"siglip": "SiglipModel"}, "vision_model.", _from_config, _to_config, "Siglip")

@@ -134,4 +134,4 @@ def _to_config(spec: Spec, dtype: str) -> dict:
     return hf.two_towers(spec, dtype, kind, _MODELS[kind], projection, projection | special, **projection)
 
 
-TRANSFORMERS = hf.Layout(_MODELS, "vision_model.", _from_config, _to_config, hf.image_processor)
+TRANSFORMERS = hf.Layout(_MODELS, "vision_model.", _from_config, _to_config, "CLIP")

@@ -9,18 +9,11 @@ from flax import nnx
 
 from diva_jax.models.attention import attention
 from diva_jax.models.layers import Array, Layers, geglu, heads
-from diva_jax.models.platform import LANES, allowed, by_device, recomputes, traced_for
+from diva_jax.models.platform import LANES, allowed, by_device, traced_for
 
 # Smallest number of tokens for which the kernel is used. With fewer of them and more channels, as in the U-Net's deeper
 # levels, XLA's own operations are near the bound of the matrix unit, and the weights do not fit into VMEM.
 MIN_TOKENS = 512
-
-
-def _kernel():
-    """The module `models/kernels.py`, imported where it is traced, since Pallas takes 50 ms."""
-    from diva_jax.models import kernels
-
-    return kernels
 
 
 def use_kernel(shape: tuple[int, int, int], hidden: int, dtype) -> bool:
@@ -28,8 +21,9 @@ def use_kernel(shape: tuple[int, int, int], hidden: int, dtype) -> bool:
     mesh, (batch, tokens, channels) = jax.sharding.get_abstract_mesh(), shape
     if traced_for(mesh) != "tpu" or jnp.dtype(dtype).itemsize != 2 or batch % mesh.size or tokens < MIN_TOKENS:
         return False
-    kernel = _kernel()
-    return tokens % LANES == hidden % LANES == 0 and channels <= max(kernel.TILES) and kernel.fits()
+    from diva_jax.models import kernels  # Here, where it is traced, since Pallas takes 50 ms.
+
+    return tokens % LANES == hidden % LANES == 0 and channels <= max(kernels.TILES) and kernels.fits()
 
 
 def _plain(x: Array, norm: nnx.LayerNorm, layer: nnx.Module) -> Array:
@@ -62,8 +56,10 @@ def fused(x: Array, state: nnx.State, graph: nnx.GraphDef, interpret: bool) -> A
 
 
 def _forward(x, state, graph, interpret, save):
+    from diva_jax.models import kernels
+
     weights, epsilon = _weights(state, graph, x.dtype)
-    kernel = functools.partial(_kernel().feed_forward, epsilon=epsilon, save=save, interpret=interpret)
+    kernel = functools.partial(kernels.feed_forward, epsilon=epsilon, save=save, interpret=interpret)
     return _run(kernel, [x], weights, interpret)
 
 
@@ -73,9 +69,11 @@ def _forward_saved(x, state, graph, interpret):
 
 
 def _backward(graph, interpret, saved, dy):
+    from diva_jax.models import kernels
+
     x, projection, state = saved
     weights, epsilon = _weights(state, graph, x.dtype)
-    kernel = functools.partial(_kernel().feed_backward, epsilon=epsilon, interpret=interpret)
+    kernel = functools.partial(kernels.feed_backward, epsilon=epsilon, interpret=interpret)
     dx = _run(kernel, [x, projection, dy], weights, interpret)
     # Weights are frozen where the kernel is used today, and then XLA removes this computation.
     _, pull = jax.vjp(lambda state: _plain(x, *nnx.merge(graph, state)), state)
@@ -103,7 +101,7 @@ def call(block: nnx.Module, *args: Array, remat: bool = False) -> Array:
 
     # jax.checkpoint is used because nnx.remat updates the block's variables. That fails for variables that were created
     # outside of the differentiated function, such as frozen weights.
-    return jax.checkpoint(run)(block, *args) if recomputes(remat) else run(block, *args)
+    return jax.checkpoint(run)(block, *args) if remat else run(block, *args)
 
 
 class ResnetBlock(nnx.Module):

@@ -1,9 +1,10 @@
 """Stable Diffusion's U-Net, equivalent to diffusers' `UNet2DConditionModel`, with channels last."""
 
 import dataclasses
+import functools
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -108,33 +109,30 @@ class TimestepEmbedding(nnx.Module):
         return self.linear_2(jax.nn.silu(self.linear_1(x)))
 
 
-class _Maker:
-    """Makes the layers of a U-Net at one resolution."""
+class Level(NamedTuple):
+    """Makes the layers of a U-Net or a VAE at one resolution, of `n` channels; the others as of `ResnetBlock`, what
+    makes an attention, and the padding of `Downsample`."""
 
-    padding = (1, 1)
-
-    def __init__(self, config: UNetConfig, level: int, layers: Layers):
-        self.config, self.layers, self.level = config, layers, level
-        self.n = config.block_out_channels[level]
+    n: int
+    groups: int
+    epsilon: float
+    layers: Layers
+    attention: Callable[[], nnx.Module]
+    padding: tuple[int, int] = (1, 1)
+    time_dim: int | None = None
 
     def resnet(self, n_in: int) -> ResnetBlock:
-        c = self.config
-        return ResnetBlock(n_in, self.n, c.norm_num_groups, c.norm_eps, self.layers, 4 * c.block_out_channels[0])
-
-    def transformer(self) -> Transformer:
-        c, heads = self.config, self.config.heads[self.level]
-        sizes = (self.n, c.cross_attention_dim, heads, c.norm_num_groups)
-        return Transformer(*sizes, c.use_linear_projection, self.layers)
+        return ResnetBlock(n_in, self.n, self.groups, self.epsilon, self.layers, self.time_dim)
 
 
 class DownBlock(nnx.Module):
     """`depth` residual blocks, the first `cross` of them followed by a transformer, then downsampling by two if
     `downsample`. The block at the coarsest resolution, in the middle, has two and one."""
 
-    def __init__(self, n_in: int, depth: int, cross: int, downsample: bool, make: _Maker, remat: bool):
+    def __init__(self, n_in: int, depth: int, cross: int, downsample: bool, make: Level, remat: bool):
         self.remat = remat
         self.resnets = nnx.List([make.resnet(make.n if i else n_in) for i in range(depth)])
-        self.attentions = nnx.List([make.transformer() for _ in range(cross)])
+        self.attentions = nnx.List([make.attention() for _ in range(cross)])
         self.downsamplers = nnx.List([Downsample(make.n, make.padding, make.layers)] if downsample else [])
 
     def __call__(self, x: Array, time: Array | None = None, context: Array | None = None) -> list[Array]:
@@ -153,10 +151,10 @@ class DownBlock(nnx.Module):
 class UpBlock(nnx.Module):
     """Residual blocks, one for each skip connection of `n_skips` channels; then as `DownBlock`, but upsampling."""
 
-    def __init__(self, n_in: int, n_skips: list[int], cross: bool, upsample: bool, make: _Maker, remat: bool):
+    def __init__(self, n_in: int, n_skips: list[int], cross: bool, upsample: bool, make: Level, remat: bool):
         self.remat = remat
         self.resnets = nnx.List([make.resnet((make.n if i else n_in) + n) for i, n in enumerate(n_skips)])
-        self.attentions = nnx.List([make.transformer() for _ in range(len(n_skips) if cross else 0)])
+        self.attentions = nnx.List([make.attention() for _ in range(len(n_skips) if cross else 0)])
         self.upsamplers = nnx.List([Upsample(make.n, make.layers)] if upsample else [])
 
     def __call__(self, x: Array, skips: list[Array], time: Array, context: Array) -> Array:
@@ -185,23 +183,25 @@ class UNet(nnx.Module):
         if config.class_embed_dim is not None:
             self.class_embedding = TimestepEmbedding(config.class_embed_dim, 4 * channels[0], precise)
 
-        down, up = [], []
-        n, skips = channels[0], [channels[0]]  # Channels of the current features, and of the skip connections.
-        for level, depth in enumerate(config.layers_per_block):
-            make = _Maker(config, level, layers)
-            down.append(DownBlock(n, depth, depth * config.cross_down[level], level < last, make, remat))
-            n = make.n
-            skips += [n] * (depth + (level < last))
+        levels, groups, epsilon = [], config.norm_num_groups, config.norm_eps
+        for n, heads in zip(channels, config.heads, strict=True):
+            given = (n, config.cross_attention_dim, heads, groups, config.use_linear_projection, layers)
+            attention = functools.partial(Transformer, *given)
+            levels.append(Level(n, groups, epsilon, layers, attention, time_dim=4 * channels[0]))
+        down, up, skips = [], [], [channels[0]]  # The last: channels of the skip connections.
+        for i, depth in enumerate(config.layers_per_block):
+            n_in = channels[max(i - 1, 0)]
+            down.append(DownBlock(n_in, depth, depth * config.cross_down[i], i < last, levels[i], remat))
+            skips += [channels[i]] * (depth + (i < last))
         self.down_blocks = nnx.List(down)
-        self.mid_block = DownBlock(n, 2, 1, False, make, remat)
-        for i, level in enumerate(range(last, -1, -1)):
-            make = _Maker(config, level, layers)
-            n_skips = [skips.pop() for _ in range(config.layers_per_block[level] + 1)]
-            up.append(UpBlock(n, n_skips, config.cross_up[i], level > 0, make, remat))
-            n = make.n
+        self.mid_block = DownBlock(channels[-1], 2, 1, False, levels[-1], remat)
+        for i in range(last, -1, -1):
+            n_skips = [skips.pop() for _ in range(config.layers_per_block[i] + 1)]
+            n_in, cross = channels[min(i + 1, last)], config.cross_up[last - i]
+            up.append(UpBlock(n_in, n_skips, cross, i > 0, levels[i], remat))
         self.up_blocks = nnx.List(up)
-        self.conv_norm_out = layers.group_norm(n, config.norm_num_groups, config.norm_eps)
-        self.conv_out = layers.conv(n, config.out_channels, 3, padding=1)
+        self.conv_norm_out = layers.group_norm(channels[0], groups, epsilon)
+        self.conv_out = layers.conv(channels[0], config.out_channels, 3, padding=1)
 
     def __call__(self, sample: Array, timesteps: Array, context: Array, class_labels: Array | None = None) -> Array:
         """The prediction for one denoising step, [B, H, W, out_channels], in `dtype`, of noisy latents [B, H, W,

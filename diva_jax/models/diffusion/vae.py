@@ -1,6 +1,7 @@
 """The encoders of Stable Diffusion's VAE and of FLUX's, equivalent to diffusers' `AutoencoderKL`, channels last."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
@@ -9,8 +10,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from diva_jax.common.fields import Rule, between, field
-from diva_jax.models.diffusion.blocks import ContextAttention, ResnetBlock
-from diva_jax.models.diffusion.unet import DownBlock
+from diva_jax.models.diffusion.blocks import ContextAttention
+from diva_jax.models.diffusion.unet import DownBlock, Level
 from diva_jax.models.layers import Array, Layers, widened
 from diva_jax.models.library_config import LibraryConfig, packaged
 
@@ -115,21 +116,6 @@ class PixelAttention(ContextAttention):
         return x + super().__call__(y, y).reshape(x.shape)
 
 
-class _Maker:
-    """Makes the layers of an encoder at one resolution, for `DownBlock`."""
-
-    padding = (0, 1)  # Only the right and bottom edges are padded.
-
-    def __init__(self, config: AutoencoderConfig, level: int, layers: Layers):
-        self.n, self.groups, self.layers = config.block_out_channels[level], config.norm_num_groups, layers
-
-    def resnet(self, n_in: int) -> ResnetBlock:
-        return ResnetBlock(n_in, self.n, self.groups, _EPSILON, self.layers)
-
-    def transformer(self) -> PixelAttention:
-        return PixelAttention(self.n, self.groups, self.layers)
-
-
 class VAEEncoder(nnx.Module):
     """[B, H, W, in_channels] -> moments, [B, h, w, 2 * latent_channels]."""
 
@@ -137,11 +123,13 @@ class VAEEncoder(nnx.Module):
         channels, groups = config.block_out_channels, config.norm_num_groups
         self.conv_in = layers.conv(config.in_channels, channels[0], 3, padding=1)
         last, depth = len(channels) - 1, config.layers_per_block
-        makers = [_Maker(config, level, layers) for level in range(len(channels))]
+        # Only the right and bottom edges are padded.
+        attentions = [functools.partial(PixelAttention, n, groups, layers) for n in channels]
+        levels = [Level(n, groups, _EPSILON, layers, a, (0, 1)) for n, a in zip(channels, attentions, strict=True)]
         self.down_blocks = nnx.List(
-            DownBlock(channels[max(i - 1, 0)], depth, 0, i < last, make, False) for i, make in enumerate(makers)
+            DownBlock(channels[max(i - 1, 0)], depth, 0, i < last, level, False) for i, level in enumerate(levels)
         )
-        self.mid_block = DownBlock(channels[-1], 2, 1, False, makers[-1], False)
+        self.mid_block = DownBlock(channels[-1], 2, 1, False, levels[-1], False)
         self.conv_norm_out = layers.group_norm(channels[-1], groups, _EPSILON)
         self.conv_out = layers.conv(channels[-1], 2 * config.latent_channels, 3, padding=1)
 

@@ -70,7 +70,7 @@ def by_hand(run, arrays) -> dict[str, np.ndarray]:
     task = run.tasks["feedback"]
     module = task.program.skeleton.merge(arrays)
     abar = schedule.alphas_cumprod(module.diffusion.scheduler)
-    look = jax.jit(lambda pixels: (module.vae.encode(2 * pixels - 1), module.vision.encode(module.views(pixels)[1])))
+    look = jax.jit(lambda pixels: (module.vae.encode(2 * pixels - 1), module.vision.encode(module.view(pixels))))
     unet = jax.jit(lambda noisy, t, c: module.unet(noisy, t, c))
     seen = [look(jnp.asarray(p, jnp.float32)[None] / 255) for p in task._pixels]
     assert module.spec.add_text == "mean"

@@ -10,7 +10,6 @@ from flax import nnx
 from diva_jax.common.errors import UserError
 from diva_jax.models.backbones import Spec, architecture
 from diva_jax.models.layers import ACTIVATIONS, Array, Layers, attention, split_qkv
-from diva_jax.models.platform import recomputes
 
 
 class Attention(nnx.Module):
@@ -66,7 +65,7 @@ def blocks(make: Layers, layers: int, *args, block: Callable[..., nnx.Module] = 
 def run(stack: nnx.List, x: Array, *args: Array, remat: bool = False) -> Array:
     """[B, N, D] through all blocks, each called with `args` too; `remat` recomputes them in the backward pass."""
     call = type(stack[0]).__call__
-    step = nnx.remat(call) if recomputes(remat) else call
+    step = nnx.remat(call) if remat else call
     for block in stack:
         x = step(block, x, *args)
     return x

@@ -35,13 +35,14 @@ class Layout:
     """The model of an architecture in transformers: `model_type` in config.json -> the class of the whole model. `mark`
     is how the names of tensors begin that tell the folder's layout; `recipes` are those of every tensor of the whole
     model. `from_config` is (config.json, preprocessor_config.json or {}, the folder for messages) -> (spec, the fields
-    of it that the folder does not really tell); `to_config` raises a UserError where transformers has no such model."""
+    of it that the folder does not really tell); `to_config` raises a UserError where transformers has no such model;
+    `processor` is how the name of its image processor begins."""
 
     models: Mapping[str, str]
     mark: str
     from_config: Callable[[Mapping, Mapping, str], tuple[Spec, frozenset[str]]]
     to_config: Callable[[Spec, str], dict]
-    preprocessor: Callable[[Spec], dict]
+    processor: str
 
     def recipes(self, spec: Spec) -> list[Recipe]:
         """Those of every tensor of the whole model: each group of transformers.json once or, with {i} in names replaced
@@ -190,10 +191,13 @@ def tower_options(config: Mapping, defaults: Mapping[str, Mapping], where: str) 
         yield found, our_activation(found, where)
 
 
-def image_processor(spec: Spec, kind: str = "CLIPImageProcessor") -> dict:
-    """The content of preprocessor_config.json for an image processor that crops unless images are squashed."""
+def image_processor(spec: Spec, name: str) -> dict:
+    """The content of preprocessor_config.json; `name` is `Layout.processor`, and CLIP's takes its place where images
+    are cropped and it does not crop."""
+    name = name if _PROCESSORS[name] or spec.resize_mode == "squash" else "CLIP"
     side, crop = spec.resize, dict(height=spec.image_size, width=spec.image_size)
     side_of = dict(height=side, width=side) if spec.resize_mode.startswith("squash") else dict(shortest_edge=side)
-    own = dict(image_processor_type=kind, size=side_of, crop_size=crop, do_center_crop=spec.resize_mode != "squash")
+    own = dict(image_processor_type=f"{name}ImageProcessor", size=side_of, crop_size=crop)
+    own |= dict(do_center_crop=spec.resize_mode != "squash")
     own |= dict(resample=_FILTERS.index(spec.interpolation), image_mean=list(spec.mean), image_std=list(spec.std))
     return _PROCESSOR["written"] | own | dict(rescale_factor=1 / 255)
