@@ -5,10 +5,12 @@ import json
 import re
 
 import commands
+import jax
 import numpy as np
 import pytest
 from eval_data import encoded, patch, write_task_data
 
+import diva_jax
 from diva_jax.evals.results import COLUMNS
 from diva_jax.world import models
 
@@ -37,17 +39,6 @@ BEFORE = """import open_clip
 name = "local-dir:{kept}"
 clip, _, preprocess = open_clip.create_model_and_transforms(name)
 tokenizer = open_clip.get_tokenizer(name)
-"""
-OURS = """
-import json, numpy as np, diva_jax
-from PIL import Image
-image, out = Image.open("image.png"), {{}}
-for name in ("runs/tuned", "open_clip", {kept!r}):
-    model = diva_jax.load(name)
-    embeddings = (np.asarray(model.encode_image([image])), np.asarray(model.encode_text({texts!r})))
-    images, words = ((x / np.linalg.norm(x, axis=-1, keepdims=True)).tolist() for x in embeddings)
-    out[name] = dict(image=images[0], texts=words)
-print(json.dumps(out))
 """
 
 
@@ -104,11 +95,16 @@ def ours(home, exported):
     """Embeddings by diva_jax itself of the run, the open_clip export and the CLIP before tuning."""
     for name in ("image.png", "image.jpg"):  # The second is that of the cards.
         (home / name).write_bytes(encoded(patch(3)))
-    found = python(home, OURS.format(kept=str(KEPT), texts=TEXTS))
-    assert found["runs/tuned"] == found["open_clip"]
-    assert found["open_clip"]["texts"] == found[str(KEPT)]["texts"], "the text tower was not tuned"
-    assert np.abs(np.subtract(found["open_clip"]["image"], found[str(KEPT)]["image"])).max() > 1e-3
-    return found["open_clip"]
+    found = []
+    for name in (home / "runs/tuned", home / "open_clip", KEPT):
+        model = diva_jax.load(str(name))
+        image, texts = model.encode_image([str(home / "image.png")], normalise=True), model.encode_text(TEXTS, True)
+        found.append(dict(image=np.asarray(image[0]), texts=np.asarray(texts)))
+    tuned, exported, kept = found
+    jax.tree.map(np.testing.assert_array_equal, tuned, exported)
+    np.testing.assert_array_equal(exported["texts"], kept["texts"], "the text tower was not tuned")
+    assert np.abs(exported["image"] - kept["image"]).max() > 1e-3
+    return exported
 
 
 def test_training_says_what_to_do_next_and_is_done_once(home, tuned):

@@ -17,6 +17,7 @@ from helpers import close, refused
 from open_clip.pretrained import get_pretrained_cfg
 from open_clip.tokenizer import HFTokenizer, SimpleTokenizer, default_bpe
 from PIL import Image
+from places import TESTS
 from torch_models import write_siglip_tokenizer
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms import functional as TF
@@ -97,25 +98,11 @@ def test_siglip_and_metaclip2_equal_open_clip(tmp_path, kind):
     assert (tokenize(["A Dog"]).tolist() == tokenize(["a dog"]).tolist()) == (kind != "xlm")
 
 
-@pytest.mark.parametrize(
-    "text, files, says",
-    [
-        (CLIP_TEXT, {}, "has no tokenizer: it needs tokenizer.json, vocab.json with merges.txt"),
-        (CLIP_TEXT, {"vocab.json": "{}"}, "merges.txt is no tokenizer file of CLIP's .*No such file"),
-        (CLIP_TEXT, {"vocab.json": "{", "merges.txt": ""}, "vocab.json is no tokenizer file"),
-        (CLIP_TEXT, {"vocab.json": '{"a": 0}', "merges.txt": "a b\n"}, "no <start_of_text>"),
-        (CLIP_TEXT, {"tokenizer.json": '{"model": {}}'}, "tokenizer.json is no tokenizer file"),
-        (CLIP_TEXT, {BPE: "not gzip"}, "bpe_simple_vocab_16e6.txt.gz is no tokenizer file"),
-        (TextSpec(vocab_size=100), {BPE: None}, "49408 tokens, but the text tower only 100"),
-        (SIGLIP_TEXT, {}, "it needs tokenizer.json or spiece.model"),
-        (SIGLIP_TEXT, {"spiece.model": "broken"}, "cannot be read"),
-        (TextSpec(tokenizer="bert"), {}, "text.tokenizer='bert' is not known"),
-    ],
-)
+@pytest.mark.parametrize("text, files, says", json.loads((TESTS / "parity/refused.json").read_text())["tokenizer"])
 def test_missing_and_broken_files_are_named(tmp_path, text, files, says):
     for name, content in files.items():
         (tmp_path / name).write_bytes(content.encode() if content else Path(default_bpe()).read_bytes())
-    refused(says, tokenizers.open_tokenizer, text, tmp_path)
+    refused(says, tokenizers.open_tokenizer, TextSpec(**text), tmp_path)
 
 
 OF = {"vitl14": "openai", "metaclip": "metaclip_fullcc", "dfn": "dfn5b", "siglip": "webli"}

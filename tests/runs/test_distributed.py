@@ -153,39 +153,29 @@ def test_a_preempted_jobset_starts_again_and_finishes(files, tmp_path):
     assert os.access(TPU / "train.sh", os.X_OK)
 
 
-def stalled(files, workdir, reads: int, *more) -> commands.Command:
-    return commands.start(processes.__file__, f"{ROTATIONS}{files}", f"--workdir={workdir}", *more, READS=str(reads))
+# Reads after which data stalls, lines after which a signal is sent, exit code, what is printed.
+STALLS = [(30, {"stalled", "step 1/"}, signal.SIGTERM, 0, "SIGTERM: saved step")]
+STALLS += [(30, {"stalled", "step 1/"}, signal.SIGINT, 130, "SIGINT: saved step")]
+STALLS += [(30, set(), None, 1, "config.data.stall_timeout=3")]
+STALLS += [(10**6, {"outside.rotations: "}, signal.SIGTERM, 0, "SIGTERM: ")]  # The weights are loaded next.
 
 
 @pytest.mark.attack
-@pytest.mark.parametrize("sig, code", [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
-def test_a_signal_while_data_stalls(files, tmp_path, sig, code):
-    process, wanted = stalled(files, tmp_path / "run", 30), {"stalled", "step 1/"}
-    while wanted and (line := next(process.stdout, "")):
-        wanted -= {text for text in wanted if line.startswith(text)}
-    process.send_signal(sig)
+@pytest.mark.parametrize("reads, until, sig, code, said", STALLS)
+def test_data_that_stalls(files, tmp_path, reads, until, sig, code, said):
+    """A signal ends the run, which keeps what it has done; without one the read is named."""
+    line = [f"{ROTATIONS}{files}", f"--workdir={tmp_path / 'run'}"] + ["--config.data.stall_timeout=3"] * (not sig)
+    process = commands.start(processes.__file__, *line, READS=str(reads))
+    while until and (line := next(process.stdout, "")):
+        until = {text for text in until if not line.startswith(text)}
+    if sig:
+        process.send_signal(sig)
     began = time.monotonic()
-    found, out, err = commands.finish(process, 60)
-    assert found == code and time.monotonic() - began < 30 and "Traceback" not in err, (out, err)
-    assert f"{sig.name}: saved step" in out and checkpoint.latest_step(tmp_path / "run"), (out, err)
+    found, out, err = commands.finish(process, 200)
+    assert found == code and said in out + err and "Traceback" not in err, (out, err)
+    assert time.monotonic() - began < 30 if sig else ".tar/" in err, err
+    assert bool(checkpoint.latest_step(tmp_path / "run")) >= ("saved step" in said)
     assert (err.strip().splitlines()[-1:] == ["interrupted"]) == (sig == signal.SIGINT), err
-
-
-@pytest.mark.attack
-def test_a_read_that_stalls_is_named(files, tmp_path):
-    process = stalled(files, tmp_path / "run", 30, "--config.data.stall_timeout=3")
-    code, _, err = commands.finish(process, 200)
-    assert code == 1 and "config.data.stall_timeout=3" in err and ".tar/" in err and "Traceback" not in err, err
-
-
-@pytest.mark.attack
-def test_sigterm_before_training_starts(files, tmp_path):
-    process = stalled(files, tmp_path / "run", 10**6)
-    assert next(process.stdout).startswith("outside.rotations: ")  # The weights are loaded next.
-    process.send_signal(signal.SIGTERM)
-    began = time.monotonic()
-    code, out, err = commands.finish(process, 60)
-    assert code == 0 and "SIGTERM: " in out and "Traceback" not in err and time.monotonic() - began < 30, (out, err)
 
 
 VARIABLES = {("host:1", None, "0"): "JAX_NUM_PROCESSES", ("host", "2", "0"): "HOST:PORT"}

@@ -34,8 +34,10 @@ def photos(tmp_path_factory):
 
 
 def config(files, **fields):
+    """On eight devices, over which the parameters are split."""
     first = dict(steps=TOTAL, batch_size=8, checkpoint__every=2, log__every=1, data__path=f"{files}/photos")
     first |= dict(backbone__source=f"{files}/clip", diffusion__source=f"{files}/stable-diffusion", data__threads=2)
+    first |= dict(mesh__fsdp=4, mesh__min_shard=64)
     return small.small_config(**first, **fields)
 
 
@@ -56,7 +58,7 @@ def evaluations(workdir: Path) -> dict[int, dict]:
 
 
 def trained(c, workdir: Path) -> dict[str, np.ndarray]:
-    state, _, _ = checkpoint.restore(workdir, TOTAL, small.program(c).abstract_state(0))
+    state, _, _ = checkpoint.restore(workdir, TOTAL, small.program(c, 8).abstract_state(0))
     return {n: np.asarray(a) for n, a in state["params"].items()}
 
 

@@ -1,7 +1,7 @@
 """Whole objectives, small enough to compile in seconds: two levels of U-Net and VAE, two backbone blocks."""
 
 import dataclasses
-from pathlib import Path
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -15,7 +15,6 @@ from diva_jax.models.backbones import HALF, TextSpec
 from diva_jax.models.diffusion import presets
 from diva_jax.training import partition
 from diva_jax.training.step import Program
-from diva_jax.weights import formats
 
 # With images whose latents have side 14, then 7.
 SPEC_28 = dataclasses.replace(SPEC, image_size=28)
@@ -23,6 +22,7 @@ SIGLIP_28 = dataclasses.replace(
     SPEC_28, arch="siglip", embed_dim=24, activation="gelu", norm_eps=1e-6, mean=HALF, std=HALF, resize_mode="squash"
 )
 _DENOISER = dict(in_channels=12, vector_dim=20, text_dim=28, width=36, heads=3, axes=(4, 2, 6), mlp_ratio=2.0)
+_DENOISER |= dict(double_blocks=1, single_blocks=1)
 _FLUX_VAE = dict(latent_channels=3, block_out_channels=(8, 12), layers_per_block=1, norm_num_groups=4)
 
 
@@ -65,43 +65,40 @@ _ADAMW = dict(steps=10, batch_size=8, data__image_size=24, diffusion__text_token
 _TEXT = TextSpec(context_length=11, vocab_size=60, width=36, heads=3, layers=1, mlp_dim=50)
 _CAPTIONED = dataclasses.replace(SPEC, layers=1, text=_TEXT)
 _TAUGHT = dict(optim__lr=1e-3, batch_size=16, steps=5)
+# Two steps of the projector, three of adapters; four groups of four images.
+_DCR = dict(steps=3, batch_size=16, diffusion__text_tokens=6, condition__warmup_steps=2, optim__lr=1e-3)
+_DCR |= dict(dcr__group=4, dcr__lora__rank=3)
+# Two stages of five steps, batches of 8, one double and one single block.
+_GENHANCER = dict(genhancer__lora__rank=3, genhancer__lora__alpha=6.0, genhancer__stage1_steps=5, steps=5, batch_size=8)
+_GENHANCER |= {f"genhancer__denoiser__{name}": value for name, value in _DENOISER.items()}
+_GENHANCER |= {f"genhancer__vae__{name}": value for name, value in _FLUX_VAE.items()}
+# Three texts of 11 tokens and the neutral one, two draws.
+_JUDGE = _ADAMW | dict(judge__count=3, judge__beta=30.0, anchor__weight=0.0)
+# Batches of 8, for the three by three patches of `SPEC`.
+_SALM = dict(steps=8, batch_size=8, salm__adapter__layers=2, salm__adapter__width=30, salm__adapter__heads=3)
 
 
-def _config(spec, sd, objective: str, fields, dinov2: str = ""):
-    """A float32 config; `dinov2` is the section of a teacher of 18 pixels with registers."""
-    c = with_fields(config.default(spec, sd, objective), dict(dtype="float32", frozen_dtype="float32", accum=1))
+def _config(objective: str, first, sd=lambda: "sd21_base", dinov2: str = "", spec=SPEC, **fields):
+    """A float32 config; `dinov2` is the section of a teacher of 18 pixels with registers; `fields` as `with_fields`'s,
+    over those that are `first`."""
+    c = with_fields(config.default(spec, sd(), objective), dict(dtype="float32", frozen_dtype="float32", accum=1))
     if dinov2:
         teacher = dataclasses.asdict(dataclasses.replace(DINOV2_REG, image_size=18))
         with_fields(c, {f"{dinov2}__{name}": value for name, value in teacher.items()})
-    return with_fields(c, fields)
+    return with_fields(c, first | fields)
 
 
-def small_config(**fields):
-    """DIVA; `fields` as in `with_fields`."""
-    return _config(SPEC, diffusion(), "diva", _ADAMW | dict(optim__name="adamw") | fields)
-
-
-def unclip_config(**fields):
-    return _config(SPEC, unclip_diffusion(), "unclip", _ADAMW | fields)
-
-
-def dcr_config(spec=SPEC_28, **fields):
-    """Two steps of the projector, three of adapters of rank 3; four groups of four images."""
-    first = dict(steps=3, batch_size=16, diffusion__text_tokens=6, condition__warmup_steps=2, optim__lr=1e-3)
-    return _config(spec, diffusion(), "dcr", first | dict(dcr__group=4, dcr__lora__rank=3) | fields)
-
-
-def genhancer_config(spec=SPEC_28, **fields):
-    """Two stages of five steps, batches of 8, one double and one single block."""
-    denoiser = _DENOISER | dict(double_blocks=1, single_blocks=1)
-    first = {f"genhancer__denoiser__{name}": value for name, value in denoiser.items()}
-    first |= {f"genhancer__vae__{name}": value for name, value in _FLUX_VAE.items()}
-    first |= dict(genhancer__lora__rank=3, genhancer__lora__alpha=6.0, genhancer__stage1_steps=5, steps=5, batch_size=8)
-    return _config(spec, "sd21_base", "genhancer", first | fields)
-
-
-def kuea_config(**fields):
-    return _config(SPEC, "sd21_base", "kuea", _TAUGHT | dict(kuea__teacher_crop_from=24) | fields, "kuea__teacher")
+small_config = partial(_config, "diva", _ADAMW | dict(optim__name="adamw"), diffusion)
+unclip_config = partial(_config, "unclip", _ADAMW, unclip_diffusion)
+dcr_config = partial(_config, "dcr", _DCR, diffusion, spec=SPEC_28)
+genhancer_config = partial(_config, "genhancer", _GENHANCER, spec=SPEC_28)
+kuea_config = partial(_config, "kuea", _TAUGHT | dict(kuea__teacher_crop_from=24), dinov2="kuea__teacher")
+_LENGTH = dict(backbone__text__context_length=11)
+smartclip_config = partial(_config, "smartclip", _TAUGHT | _LENGTH, spec=_CAPTIONED)
+judge_config = partial(_config, "judge", _JUDGE, diffusion, spec=dataclasses.replace(SPEC, text=_TEXT))
+_COMCLIP = _TAUGHT | dict(optim__warmup_steps=1, anchor__weight=20.0)
+comclip_config = partial(_config, "comclip", _COMCLIP, dinov2="teacher", spec=_CAPTIONED)
+salm_config = partial(_config, "salm", _TAUGHT | _SALM, dinov2="teacher")
 
 
 def kuea_arrays(p: Program) -> dict:
@@ -109,39 +106,6 @@ def kuea_arrays(p: Program) -> dict:
     arrays = random_arrays(p)
     kernel = {n: jax.device_put(jnp.asarray([0.03, 0.19]), p.shardings[n]) for n in arrays if n == "kernel_params"}
     return arrays | kernel
-
-
-def smartclip_config(**fields):
-    return _config(_CAPTIONED, "sd21_base", "smartclip", _TAUGHT | dict(backbone__text__context_length=11) | fields)
-
-
-def judge_config(**fields):
-    """Three texts of 11 tokens and the neutral one, two draws."""
-    first = _ADAMW | dict(judge__count=3, judge__beta=30.0, anchor__weight=0.0)
-    return _config(dataclasses.replace(SPEC, text=_TEXT), diffusion(), "judge", first | fields)
-
-
-def comclip_config(**fields):
-    first = _TAUGHT | dict(optim__warmup_steps=1, anchor__weight=20.0)
-    return _config(_CAPTIONED, "sd21_base", "comclip", first | fields, "teacher")
-
-
-def salm_config(**fields):
-    """Batches of 8, for the three by three patches of `SPEC`."""
-    first = dict(steps=8, batch_size=8, salm__adapter__layers=2, salm__adapter__width=30, salm__adapter__heads=3)
-    return _config(SPEC, "sd21_base", "salm", _TAUGHT | first | fields, "teacher")
-
-
-def write_unclip(folder: Path) -> None:
-    """Writes a diffusers folder of Stable unCLIP with random weights."""
-    from diva_jax import demo  # Here, because it defines flags, and a command that reads a config has its own.
-
-    demo.write_stable_diffusion(folder, unclip_diffusion())
-    rng, d = np.random.default_rng(5), SPEC.embed_dim
-    statistics = {"mean": rng.normal(size=(1, d)), "std": rng.uniform(0.5, 1.5, (1, d))}
-    (folder / "image_normalizer").mkdir()
-    file = folder / "image_normalizer" / "diffusion_pytorch_model.safetensors"
-    formats.write_safetensors(file, {n: a.astype(np.float32) for n, a in statistics.items()})
 
 
 def program(c, devices: int = 1) -> Program:

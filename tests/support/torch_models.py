@@ -1,8 +1,10 @@
 """Small towers, models and folders of open_clip, timm and transformers, and tokenizers, with random weights."""
 
 import argparse
+import dataclasses
 import functools
 import shutil
+import string
 import tarfile
 import tempfile
 from collections import OrderedDict
@@ -21,7 +23,7 @@ from safetensors.torch import save_file
 from specs import CLIP_FOLDER
 from timm.layers import SwiGLUPacked
 from timm.models.eva import Eva
-from transformers import PreTrainedTokenizerFast, SiglipTokenizer, T5Tokenizer
+from transformers import PreTrainedTokenizerFast, Siglip2Tokenizer, SiglipTokenizer, T5Tokenizer
 
 from diva_jax.data.tokenizers import siglip_clean
 from diva_jax.models.backbones import Spec
@@ -107,17 +109,10 @@ def torch_features(tower: torch.nn.Module, images: torch.Tensor) -> tuple[torch.
 
 
 def torch_model(spec: Spec, seed: int = 5) -> torch.nn.Module:
-    text, timm_tower = spec.text, spec.arch != "vit"
-    kind = open_clip.CustomTextCLIP if timm_tower else open_clip.CLIP
-    vision = {field: getattr(spec, field) for field in ("image_size", "patch_size", "width", "layers")}
-    vision |= dict(head_width=spec.width // spec.heads, mlp_ratio=(spec.mlp_dim + 0.5) / spec.width)
-    activation = text.activation or spec.activation
-    words = {field: getattr(text, field) for field in ("context_length", "vocab_size", "width", "heads", "layers")}
-    words |= dict(mlp_ratio=(text.mlp_dim + 0.5) / text.width, no_causal_mask=not text.causal, pool_type=text.pool)
-    words |= dict(eos_id=text.eos_id, proj_bias=text.proj_bias, norm_kwargs=dict(eps=text.norm_eps))
-    words |= dict(act_kwargs=dict(approximate="tanh") if activation == "gelu_tanh" else None)
-    bias = -10 if spec.arch == "siglip" else None
-    model = kind(spec.embed_dim, vision, words, quick_gelu=activation == "quick_gelu", init_logit_bias=bias)
+    timm_tower = spec.arch != "vit"
+    kind, bias = open_clip.CustomTextCLIP if timm_tower else open_clip.CLIP, -10 if spec.arch == "siglip" else None
+    like = dataclasses.replace(spec, arch="vit", activation=spec.text.activation or spec.activation)
+    model = kind(**to_open_clip(like)["model_cfg"], init_logit_bias=bias)
     if timm_tower:
         model.visual = torch.nn.Sequential(OrderedDict(trunk=torch_tower(spec)))  # Its names, as in open_clip.
     with torch.no_grad():
@@ -160,11 +155,6 @@ def _sentencepiece() -> tempfile.TemporaryDirectory:
     return folder
 
 
-# Tokens that are first, and the form of a text: SigLIP 2's is padded with id 0, XLM-R's with id 1.
-_FAST = {"gemma": (["<pad>", "<eos>", "<unk>"], "$A <eos>")}
-_FAST["xlm"] = (["<s>", "<pad>", "</s>", "<unk>"], "<s> $A </s>")
-
-
 def write_siglip_tokenizer(folder: Path, layout: str) -> None:
     """Writes a small tokenizer as hub folders have it: "timm" or "transformers" for SigLIP's, "gemma" for SigLIP 2's,
     "xlm" for MetaCLIP 2's."""
@@ -177,16 +167,20 @@ def write_siglip_tokenizer(folder: Path, layout: str) -> None:
     elif layout == "transformers":
         SiglipTokenizer(f"{train}/spiece.model", pad_token="</s>").save_pretrained(folder)
         assert (folder / "spiece.model").exists()
+    elif layout == "gemma":
+        tokens = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁", *string.ascii_lowercase]
+        vocab = {token: i for i, token in enumerate(tokens)}
+        Siglip2Tokenizer(vocab=vocab, merges=[], padding_side="right").save_pretrained(folder)
     else:
-        first, single = _FAST[layout]
+        first = ["<s>", "<pad>", "</s>", "<unk>"]
         pieces = sentencepiece.SentencePieceProcessor(f"{train}/spiece.model")
         vocab = [(pieces.id_to_piece(i), pieces.get_score(i)) for i in range(pieces.get_piece_size())]
-        words = [pair for pair in vocab if pair[0] not in ("<pad>", "</s>", "<unk>")]
-        tokenizer = Tokenizer(models.Unigram([*((t, 0.0) for t in first), *words], unk_id=first.index("<unk>")))
+        words = [pair for pair in vocab if pair[0] not in first]
+        tokenizer = Tokenizer(models.Unigram([*((t, 0.0) for t in first), *words], unk_id=3))
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
         special = [(t, i) for i, t in enumerate(first)]
-        tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=special)
-        options = dict(pad_token="<pad>", eos_token=single.split()[-1], unk_token="<unk>", padding_side="right")
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=special)
+        options = dict(pad_token="<pad>", eos_token="</s>", unk_token="<unk>", padding_side="right")
         PreTrainedTokenizerFast(tokenizer_object=tokenizer, **options).save_pretrained(folder)
 
 

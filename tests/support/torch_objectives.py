@@ -2,7 +2,6 @@
 
 import math
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import small
@@ -71,17 +70,6 @@ def resized(x: torch.Tensor, spec) -> torch.Tensor:
     return (x - column(spec.mean)) / column(spec.std)
 
 
-def random_batch(rng, count: int, size: int, length: int = 0) -> dict[str, np.ndarray]:
-    """A batch of random images, and with a `length` of captions that end with the highest id, 59, before it."""
-    batch = {"image": rng.integers(0, 256, (count, size, size, 3)).astype(np.uint8)}
-    if length:
-        ids, ends = rng.integers(1, 58, (count, length)).astype(np.int32), rng.integers(2, length, count)
-        ids[np.arange(count), ends] = 59
-        ids[np.arange(length) > ends[:, None]] = 0
-        batch["caption"] = ids
-    return batch | {"row": np.arange(count, dtype=np.int32)}
-
-
 def random_program(c):
     p = small.program(c)
     return p, small.random_arrays(p)
@@ -97,25 +85,30 @@ def _schedule(optimizer, c):
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
-def compare_steps(
-    p, arrays, groups, count, batch_of, want_of, tensors_of, trained, rtol, after=lambda: None, bound=1e-3
-) -> list[float]:
+def compare_steps(p, arrays, parts, count, want_of, rtol, groups=None, after=lambda: None, bound=1e-3) -> list[float]:
     """Asserts that both train alike: the metrics of each step, then every trained tensor; returns the gradients' norms.
 
-    `want_of(step, batch, key)` are the metrics in PyTorch, of which "minimised", else "loss", is minimised with the
-    config's optimizer over `groups` of parameters; those that are floats have a twentieth of the bound. `after` is
-    called after each step.
+    `parts` are the trained ones, name -> (module, its table of names). `want_of(step, batch, key)` are the metrics in
+    PyTorch, of which "minimised", else "loss", is minimised with the config's optimizer over `groups` of parameters,
+    default all as one; those that are floats have a twentieth of the bound. `after` is called after each step.
     """
+
+    def tensors_of(arrays):
+        found = {part: part_tensors(p, arrays, part, table) for part, (_, table) in parts.items()}
+        return {f"{part}/{k.removeprefix('visual.')}": v for part, of in found.items() for k, v in of.items()}
+
+    trained = {f"{part}/{k}": a for part, (module, _) in parts.items() for k, a in module.named_parameters()}
     o, c = p.config.optim, p.config
     state = p.init_state({n: jnp.copy(arrays[n]) for n in p.trained})
     frozen, key, step, norms = {n: arrays[n] for n in p.abstract_frozen()}, np.asarray(state["key"]), p.step(0), []
     if o.name == "sgd":
-        opt = torch.optim.SGD(groups, lr=o.lr, momentum=o.momentum)
+        opt = torch.optim.SGD(groups or trained.values(), lr=o.lr, momentum=o.momentum)
     else:
-        opt = torch.optim.AdamW(groups, lr=o.lr, betas=(o.b1, o.b2), eps=o.eps, weight_decay=o.weight_decay)
+        options = dict(lr=o.lr, betas=(o.b1, o.b2), eps=o.eps, weight_decay=o.weight_decay)
+        opt = torch.optim.AdamW(groups or trained.values(), **options)
     schedule = _schedule(opt, c)
     for i in range(count):
-        batch = batch_of(i)
+        batch = small.batch(p, i)
         want = want_of(i, batch, key)
         opt.zero_grad()
         want.pop("minimised", want["loss"]).backward()
@@ -123,7 +116,7 @@ def compare_steps(
         opt.step()
         schedule.step()
         after()
-        state, metrics = step(state, frozen, jax.device_put(batch, p.batch_sharding))
+        state, metrics = step(state, frozen, batch)
         for name, value in want.items():
             allowed = rtol * (0.05 if isinstance(value, float) else 1)
             value = value if isinstance(value, float) else value.detach()

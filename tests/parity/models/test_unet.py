@@ -6,15 +6,15 @@ import inspect
 import json
 
 import diffusers
+import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 from flax import nnx
-from helpers import abstract_mesh, close, filled, randomise, refused, tensors
+from helpers import abstract_mesh, close, randomise, refused, tensors
 from places import TESTS
-from safetensors.numpy import load_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from diva_jax.models.diffusion import schedule, unet
@@ -57,14 +57,25 @@ def channels_first(x) -> torch.Tensor:
     return torch.from_numpy(x).movedim(-1, 1).contiguous()
 
 
-def build(options, **kw) -> UNet:
-    return UNet(UNetConfig.from_dict(options), rngs=Keys(0), **kw)
+# Part -> (its config, a preset of it, module, table, original).
+PARTS = {
+    "unet": (UNetConfig, "unclip_h", UNet, names.UNET, diffusers.UNet2DConditionModel),
+    "vae": (VAEConfig, "sd21", VAE, names.VAE, diffusers.AutoencoderKL),
+    "text_encoder": (TextEncoderConfig, "sd21", TextEncoder, names.TEXT_ENCODER, None),
+    "scheduler": (ScheduleConfig, "sd21", None, None, None),
+}
+
+
+def filled(part, options, weights, **kw):
+    """The module of a part with weights of its original; keywords as its own."""
+    config, _, kind, table, _ = PARTS[part]
+    return helpers.filled(nnx.eval_shape(lambda: kind(config.from_dict(options), rngs=Keys(0), **kw)), weights, table)
 
 
 @functools.cache
 def pair(name):
     theirs = randomise(diffusers.UNet2DConditionModel.from_config(TINY[name]))
-    return theirs, filled(nnx.eval_shape(lambda: build(TINY[name])), tensors(theirs), names.UNET)
+    return theirs, filled("unet", TINY[name], tensors(theirs))
 
 
 def batch(name, height, width, tokens):
@@ -112,8 +123,8 @@ def test_float64_is_float64_throughout():
     args[1] = args[1].astype(np.int64)
     expected, expected_grad = run_theirs(theirs, *args)
     with jax.enable_x64(True), jax.sharding.use_abstract_mesh(abstract_mesh("cpu")):
-        ours = nnx.eval_shape(lambda: build(TINY["mini"], dtype=jnp.float64, param_dtype=jnp.float64))
-        out, grad = run_ours(filled(ours, tensors(theirs), names.UNET), *args)
+        ours = filled("unet", TINY["mini"], tensors(theirs), dtype=jnp.float64, param_dtype=jnp.float64)
+        out, grad = run_ours(ours, *args)
     close(out, expected, 1e-12)
     close(grad, expected_grad, 1e-12)
 
@@ -159,15 +170,6 @@ SCHEDULES = {
 }
 
 
-def vae(options, weights) -> VAE:
-    return filled(nnx.eval_shape(lambda: VAE(VAEConfig.from_dict(options), rngs=Keys(0))), weights, names.VAE)
-
-
-def text_encoder(options, weights) -> TextEncoder:
-    made = nnx.eval_shape(lambda: TextEncoder(TextEncoderConfig.from_dict(options), rngs=Keys(0)))
-    return filled(made, weights, names.TEXT_ENCODER)
-
-
 OTHER_VAE = dict(scaling_factor=0.5, use_quant_conv=False, use_post_quant_conv=False, block_out_channels=[8, 8])
 OTHER_VAE["down_block_types"] = ["DownEncoderBlock2D"] * 2
 
@@ -180,45 +182,28 @@ def test_vae(options, height, width):
     up = dict(up_block_types=["UpDecoderBlock2D"] * levels)
     theirs = randomise(diffusers.AutoencoderKL.from_config(options | up))
     x = 0.02 * np.random.default_rng(1).uniform(-1, 1, (2, height, width, 3)).astype(np.float32)
-    latents = jax.jit(lambda model, images: model.encode(images))(vae(options, tensors(theirs)), x)
+    latents = jax.jit(lambda model, images: model.encode(images))(filled("vae", options, tensors(theirs)), x)
     assert latents.shape == (2, height // 2 ** (levels - 1), width // 2 ** (levels - 1), 4)
     with torch.no_grad():
         mean = theirs.encode(channels_first(x)).latent_dist.mean
     close(latents, options["scaling_factor"] * mean.movedim(1, -1).numpy(), 2e-5)
     weights = tensors(theirs) | {"encoder.extra.weight": np.zeros(1)}
     del weights["encoder.conv_in.bias"]
-    refused("missing: encoder.conv_in.bias; unknown: encoder.extra.weight", vae, options, weights)
-
-
-@functools.cache
-def text_pair(activation):
-    options = TINY_TEXT | dict(hidden_act=activation)
-    theirs = randomise(CLIPTextModel(CLIPTextConfig(**options)))
-    return theirs, text_encoder(options, tensors(theirs))
+    refused("missing: encoder.conv_in.bias; unknown: encoder.extra.weight", filled, "vae", options, weights)
 
 
 @pytest.mark.parametrize("activation", ["gelu", "quick_gelu"])
 @pytest.mark.parametrize("count", [19, 7])
 def test_text_encoder(activation, count):
-    theirs, ours = text_pair(activation)
+    options = TINY_TEXT | dict(hidden_act=activation)
+    theirs = randomise(CLIPTextModel(CLIPTextConfig(**options)))
+    ours = filled("text_encoder", options, tensors(theirs))
     tokens = np.random.default_rng(0).integers(1, 51, (2, count))
     tokens[:, 0], tokens[0, 4:], tokens[1, 5:], tokens[:, 4] = 51, 0, 52, 52
     with torch.no_grad():
         expected = theirs(torch.from_numpy(tokens))[0]
     close(jax.jit(ours.__call__)(tokens), expected, 2e-5)
     refused("20 tokens, shorten it to 19", ours, np.zeros((1, 20), int))
-
-
-def test_names_of_all_versions_of_the_text_encoder(tmp_path):
-    theirs, ours = text_pair("gelu")
-    theirs.save_pretrained(tmp_path)
-    now = load_file(tmp_path / "model.safetensors")
-    # Older versions had a prefix, and the oldest ones also saved the position ids.
-    old = {f"text_model.{name}": array for name, array in now.items()}
-    old["text_model.embeddings.position_ids"] = np.arange(19)[None]
-    for weights in (now, old):
-        loaded = names.flat(text_encoder(TINY_TEXT, weights))
-        assert all(np.array_equal(loaded[p].get_value(), v.get_value()) for p, v in names.flat(ours).items())
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
@@ -242,13 +227,6 @@ def test_schedule(name):
     assert out.dtype == jnp.bfloat16 and np.array_equal(out, precise.astype(jnp.bfloat16))
 
 
-# Part -> (its config, a preset of it, module, table, original).
-PARTS = {
-    "unet": (UNetConfig, "unclip_h", UNet, names.UNET, diffusers.UNet2DConditionModel),
-    "vae": (VAEConfig, "sd21", VAE, names.VAE, diffusers.AutoencoderKL),
-    "text_encoder": (TextEncoderConfig, "sd21", TextEncoder, names.TEXT_ENCODER, None),
-    "scheduler": (ScheduleConfig, "sd21", None, None, None),
-}
 PARAMETERS = {("sd21_base", "unet"): 865_910_724, ("sd15", "unet"): 859_520_964, ("unclip_h", "unet"): 870_173_124}
 PARAMETERS |= {("sd21", "text_encoder"): 340_387_840, ("sd15", "text_encoder"): 123_060_480}
 PARAMETERS |= {("sd21_base", "vae"): 34_163_664}  # Of 83,653,863 in all: those of the decoder are ignored.

@@ -40,7 +40,7 @@ SAMPLE = ("diva", "genhancer", "dcr", "smartclip")
 
 def config_of(objective: str, source: str):
     if objective == "genhancer":
-        c = small.genhancer_config(SPEC)
+        c = small.genhancer_config(spec=SPEC)
     elif objective in ("kuea", "smartclip", "comclip", "salm"):
         c = configs.default(SPEC, objective=objective)
     else:
@@ -128,6 +128,8 @@ def test_bad_workdirs(run, tmp_path, monkeypatch):
     workdir, _ = run
     refused("holds no run", origins.open_run, tmp_path)
     refused(r"--step=3 has no checkpoint in .*: use one of 7", origins.open_run, workdir, 3)
+    refused("--weights=.*:3 has no checkpoint in .*: use one of 7", origins.find, f"{workdir}:3", "--weights")
+    refused("--weights='.*/none' does not exist", origins.find, str(tmp_path / "none"), "--weights")
     (tmp_path / "config.json").write_text((workdir / "config.json").read_text())
     refused("has no checkpoint yet", origins.open_run, tmp_path)
     assert not (tmp_path / "checkpoints").exists()

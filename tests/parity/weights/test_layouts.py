@@ -14,7 +14,7 @@ from places import ROOT
 from specs import CLIP_FOLDER as CLIP
 from specs import DINOV2, DINOV2_REG, DINOV2_SWIGLU, EVA02, H14, METACLIP2_FOLDER, SIGLIP2_FOLDER
 from specs import SIGLIP_FOLDER as SIGLIP
-from torch_models import equal, torch_model, transformers_folder, written_by_open_clip
+from torch_models import equal, torch_model, torch_tower, transformers_folder, written_by_open_clip
 
 from diva_jax.common.errors import RunError
 from diva_jax.models import backbones
@@ -122,15 +122,10 @@ def tiny_eva02(folder, spec):
 
 @pytest.fixture
 def known_to_timm(monkeypatch):
-    def tiny(name, pretrained, **kw):
-        sizes = dict(img_size=42, patch_size=6, embed_dim=48, depth=2, num_heads=3, mlp_ratio=133.5 / 48)
-        options = dict(qkv_fused=False, swiglu_mlp=True, scale_mlp=True, scale_attn_inner=True, use_rot_pos_emb=True)
-        return timm.models.eva.Eva(**sizes, **options, ref_feat_shape=(16, 16), **kw)
-
     fields = {f: getattr(EVA02, f) for f in eva02.CHECKPOINT.timm["eva02_base_patch16_clip_224"]}
     monkeypatch.setitem(eva02.CHECKPOINT.timm, "eva02_tiny_patch6_clip_42", fields)
     create = timm.create_model
-    made = lambda name, *a, **kw: (tiny if "eva02" in name else create)(name, *a, **kw)  # noqa: E731
+    made = lambda name, *a, **kw: torch_tower(EVA02) if "eva02" in name else create(name, *a, **kw)  # noqa: E731
     monkeypatch.setattr(timm, "create_model", made)
 
 

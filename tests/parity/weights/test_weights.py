@@ -1,6 +1,8 @@
 """`weights.load` for every kind of source, each written by its own library."""
 
 import dataclasses
+import re
+import shutil
 
 import jax.numpy as jnp
 import numpy as np
@@ -205,36 +207,41 @@ def test_diffusers_unet(tmp_path, kind):
         same(weights.load(str(source), UNetConfig.from_dict(UNET)), names.UNET, expected)
 
 
-def test_diffusers_vae_and_text_encoder(tmp_path):
+OLD = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+
+
+def old_names(tensors):
+    """As older versions named the attention of the VAE, and the text encoder, whose position ids they saved."""
+    if any("attentions" in n for n in tensors):
+        new = re.compile(r"attentions\.0\.(to_q|to_k|to_v|to_out\.0)\.")
+        return {new.sub(lambda m: f"attentions.0.{OLD[m[1]]}.", n): t for n, t in tensors.items()}
+    ids = {"text_model.embeddings.position_ids": torch.arange(9)[None]}
+    return {f"text_model.{n.removeprefix('text_model.')}": t for n, t in tensors.items()} | ids
+
+
+@pytest.mark.parametrize("part", ["vae", "text_encoder"])
+def test_diffusers_vae_and_text_encoder(tmp_path, part):
     from diffusers import AutoencoderKL
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    vae = dict(block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, latent_channels=4)
-    blocks = dict(down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2)
-    model = randomise(AutoencoderKL(**vae, **blocks))
-    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
-
-    def old_name(name):
-        for new, was in old.items():
-            name = name.replace(f"attentions.0.{new}.", f"attentions.0.{was}.")
-        return name
-
-    (tmp_path / "old").mkdir()
-    renamed = {old_name(k): v for k, v in model.state_dict().items()}
-    save_file(renamed, tmp_path / "old/diffusion_pytorch_model.safetensors")
-    model.save_pretrained(tmp_path / "vae")
-    (tmp_path / "old/config.json").write_text((tmp_path / "vae/config.json").read_text())
+    if part == "vae":
+        options = dict(block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, latent_channels=4)
+        options |= dict(down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2)
+        model, spec, table = AutoencoderKL(**options), VAEConfig.from_dict(options), names.VAE
+    else:
+        options = dict(vocab_size=60, hidden_size=24, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2)
+        model = CLIPTextModel(CLIPTextConfig(**options, max_position_embeddings=9, hidden_act="gelu"))
+        spec, table = TextEncoderConfig(60, 9, 24, 2, 2, 48), names.TEXT_ENCODER
+    randomise(model).save_pretrained(tmp_path / part)
+    expected = {k.removeprefix("text_model."): v for k, v in model.state_dict().items()}
+    shutil.copytree(tmp_path / part, tmp_path / "old")
+    (file,) = (tmp_path / "old").glob("*.safetensors")
+    save_file(old_names(expected), file)
     for folder in (tmp_path, tmp_path / "old"):
-        same(weights.load(str(folder), VAEConfig.from_dict(vae | blocks)), names.VAE, model.state_dict())
-
-    cfg = dict(vocab_size=60, hidden_size=24, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2)
-    text = randomise(CLIPTextModel(CLIPTextConfig(**cfg, max_position_embeddings=9, hidden_act="gelu")))
-    text.save_pretrained(tmp_path / "text_encoder")
-    spec = TextEncoderConfig(60, 9, 24, 2, 2, 48)
-    expected = {k.removeprefix("text_model."): v for k, v in text.state_dict().items()}
-    same(weights.load(str(tmp_path), spec), names.TEXT_ENCODER, expected)
-    deeper = dataclasses.replace(spec, layers=3)
-    refused("layers is 2 there and 3 in the config", weights.load, str(tmp_path), deeper)
+        same(weights.load(str(folder), spec), table, expected)
+    if part == "text_encoder":
+        deeper = dataclasses.replace(spec, layers=3)
+        refused("layers is 2 there and 3 in the config", weights.load, str(tmp_path), deeper)
 
 
 def test_files_that_do_not_fit_say_what_was_found(model, tmp_path):

@@ -32,8 +32,8 @@ def test_defaults_have_neither():
 
 
 def test_anchor_by_hand():
-    """Of a larger image; test_torch_texts.py has the gradient. At the start it is zero, in bfloat16 too, as the copy is
-    computed as the encoder is, from weights held in fewer bits."""
+    """Of a larger image; test_torch_training.py has the gradient. At the start it is zero, in bfloat16 too, as the copy
+    is computed as the encoder is, from weights held in fewer bits."""
     p, plain = (small.program(rotations(batch_size=4, anchor__weight=w)) for w in (0.3, 0.0))
     arrays, keys, s = small.random_arrays(p), jax.random.split(jax.random.key(1), 4), small.SPEC
     batch = {"image": np.random.default_rng(2).integers(0, 256, (4, 24, 24, 3)).astype(np.uint8)}
