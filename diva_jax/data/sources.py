@@ -181,13 +181,14 @@ class TfdsSource:
     """The records of a prepared tfds dataset in array_record format, read without TensorFlow: `tfds:name/split`. `name`
     may have a config and a version (`coco/2017:1.1.0`) and `split` a slice (`train[:10%]`). After a `?`: `data_dir=...`
     for another folder than the default of tfds, `image=...` to choose among several image features, `text=...` for the
-    captions (one of `TEXT_COLUMNS` if not given), and the options in `defaults`. A UserError, which names
-    `flag`, where the dataset is not there, not in this format, has no records or no such features."""
+    captions (one of `TEXT_COLUMNS` if not given), `texts=...` for lists of texts ("texts" if not given), and the
+    options in `defaults`. A UserError, which names `flag`, where the dataset is not there, not in this format, has no
+    records or no such features."""
 
     def __init__(self, spec: str, flag: str = "config.data.path", defaults: Mapping[str, str] | None = None):
         self.spec, _, query = spec.partition("?")
         self.options = {**(defaults or {}), **dict(parse_qsl(query))}
-        known = dict.fromkeys(("data_dir", "image", "text", *(defaults or ())))
+        known = dict.fromkeys(("data_dir", "image", "text", "texts", *(defaults or ())))
         name, _, split = self.spec.removeprefix("tfds:").rpartition("/")
         if not name or self.options.keys() - known.keys():
             form = "&".join(f"{option}=..." for option in known)
@@ -208,6 +209,8 @@ class TfdsSource:
             captions = (key for key in TEXT_COLUMNS if key in self.features)
             self._text = self._chosen("text", "feature", self.features) or next(captions, None)
             self.has_text = self._text is not None
+            texts = "texts" if "texts" in self.features else None
+            self._texts = self._chosen("texts", "feature", self.features) or texts
             # The encoded bytes: decoding and its errors belong to the pipeline.
             self._records = builder.as_data_source(split=split, decoders={self._image: tfds.decode.SkipDecoding()})
         if not len(self):
@@ -232,6 +235,11 @@ class TfdsSource:
         record = self._records[i]
         text = caption(record[self._text]) if with_text and self._text else None
         return Record(self.name(i), record[self._image], text)
+
+    def texts(self, i: int) -> tuple[str, ...] | None:
+        """The list of texts of record i, of which an empty one is none; a ValueError where it is no such list."""
+        found = self._records[i][self._texts] if self._texts else ()
+        return listed([caption(text) for text in found] or None)
 
     def labels(self) -> tuple[list[int], list[str]]:
         """(the label of each record, the names of the classes) of the feature `label`; a UserError for others."""

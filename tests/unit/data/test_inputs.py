@@ -1,6 +1,7 @@
 """The contents of a batch: crops, token ids, captions, texts that differ in one fact, draws of the jittered view."""
 
 import dataclasses
+import io
 import json
 import logging
 import re
@@ -11,7 +12,7 @@ import pytest
 import trees
 from helpers import failed, refused
 from PIL import Image
-from records import batches, encoded, letters, tags, take, text_of, write_tar
+from records import batches, encoded, letters, tags, take, text_of, write_tar, write_tfds
 
 from diva_jax.data import images, inputs, preprocess, sources
 from diva_jax.data.inputs import Classes, Edits, Listed
@@ -237,16 +238,21 @@ def write(folder, kind):
         files["files/a.csv"] = {"image": images, "texts": cells}
     elif kind == "jsonl":
         files["files/a.jsonl"] = b"\n\n".join(metas)
-    elif kind == "parquet":
-        texts = [[str(x) for x in t] if isinstance(t, list) else t and [str(t)] for t in TEXTS]
-        texts[7] = [""]
+    texts = [[str(x) for x in t] if isinstance(t, list) else t and [str(t)] for t in TEXTS]
+    texts[7] = [""]
+    if kind == "parquet":
         files["files/a.parquet"] = {"image": images, "mine": texts}
+    elif kind == "tfds":
+        examples = [{"image": io.BytesIO(encoded(i)), "texts": t or []} for i, t in enumerate(texts)]
+        kinds = lambda k: {"image": k.Image(shape=(None, None, 3)), "texts": k.Sequence(k.Text())}  # noqa: E731
+        write_tfds(folder, "Texts", "train", kinds, examples)
+        return f"tfds:texts/train?data_dir={folder}"
     trees.change(folder, files)
     path = folder / (list(files)[-1] if kind != "folder" else "files")
     return f"mix:1={path}?texts=mine" if kind == "parquet" else path
 
 
-@pytest.mark.parametrize("kind", ["folder", "tar", "csv", "jsonl", "parquet"])
+@pytest.mark.parametrize("kind", ["folder", "tar", "csv", "jsonl", "parquet", "tfds"])
 def test_records_without_texts_are_skipped_and_wrong_ones_named(tmp_path, kind, caplog):
     """In every form of data; both inputs see the same texts."""
     wanted = {n: inputs.Texts(3, m, lambda m=m: letters(m), Listed(3)) for n, m in (("texts", 30), ("conditions", 25))}
