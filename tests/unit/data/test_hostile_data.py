@@ -18,6 +18,7 @@ from unittest import mock
 import eval_data
 import numpy as np
 import pytest
+import trees
 from helpers import failed, refused
 from mutations import changed, damaged, outcome
 from PIL import Image
@@ -228,25 +229,18 @@ def good(tmp_path_factory):
     eval_data.write_mmvp(folder / "mmvp")
     eval_data.sugarcrepe(folder / "choice")
     eval_data.winoground(folder / "pairs")
-    eval_data.write_image(folder / "csv/a.jpg", 1)
-    (folder / "csv/c.csv").write_text("image,caption\n" + "".join(f"{'./' * i}a.jpg,caption {i}\n" for i in range(5)))
-    (folder / "csv/names.json").write_text('{"a": ["b", "c"], "d": ["e"]}')
-    (folder / "csv/nshards.txt").write_text("3")
+    files = {"csv/a.jpg": "PNG", "csv/c.csv": {"image": ["./" * i + "a.jpg" for i in range(5)], "caption": ["x"] * 5}}
+    files |= {"csv/names.json": {"a": ["b", "c"], "d": ["e"]}, "csv/nshards.txt": "3"}
     for name in ("vocab", "prompt"):
         (folder / name).mkdir()
         demo.write_byte_tokenizer(folder / name)
-        (folder / name / "merges.txt").write_text("#version: 0.2\n")
-    (folder / "prompt/tokenizer_config.json").write_text(json.dumps(CONFIG))
+        files[f"{name}/merges.txt"] = "#version: 0.2\n"
     vocab = json.loads((folder / "vocab/vocab.json").read_text())
     words = {token: i for token, i in vocab.items() if i < 512}
     added = [{"id": i, "content": token} for token, i in vocab.items() if i >= 512]
-    whole = {"added_tokens": added, "model": {"type": "BPE", "vocab": words, "merges": []}}
-    for name, data in (
-        ("tokenizer.json", json.dumps(whole).encode()),
-        (BPE, gzip.compress(b"#version\na b\nc d</w>")),
-    ):
-        (folder / name[:3]).mkdir()
-        (folder / name[:3] / name).write_bytes(data)
+    files["tok/tokenizer.json"] = {"added_tokens": added, "model": {"type": "BPE", "vocab": words, "merges": []}}
+    files |= {"prompt/tokenizer_config.json": CONFIG, f"bpe/{BPE}": gzip.compress(b"#version\na b\nc d</w>")}
+    trees.change(folder, files)
     return folder
 
 

@@ -116,71 +116,46 @@ def test_stages_have_the_schedule_of_the_config_where_they_give_none():
         assert max(float(lr(i)) for i in range(steps)) == 0.5
 
 
-def one_update(params, grads, **fields):
+@pytest.mark.parametrize("name, every", [*itertools.product(("sgd", "adamw"), (False, True))])
+def test_weight_decay_spares_biases_norms_and_those_named(name, every):
+    """tests/parity/test_torch_training.py has the clipping of the global norm."""
+    params = {n: jnp.full((2, 2)[: 1 + (n == "net/kernel")], 2.0) for n in ("net/kernel", "net/scale", "scale")}
     c = config.default().optim.unlock()
-    c.update(fields)
-    tx = optimizer(c, rate(Stage("s", 0, 10, 0.5, ()), c.warmup), dict.fromkeys(params, 1.0))
-    updates, _ = tx.update(grads, tx.init(params), params)
-    return updates
-
-
-def test_the_global_norm_is_clipped_and_weight_decay_spares_biases_norms_and_those_named():
-    params = {"a": jnp.ones((2, 2)), "b": jnp.ones(3)}
-    grads = {"a": jnp.full((2, 2), 3.0), "b": jnp.full(3, 4.0)}
-    norm = math.sqrt(4 * 9 + 3 * 16)
-    updates = one_update(params, grads, name="sgd", warmup=0.0, clip=1.0)
-    np.testing.assert_allclose(updates["a"], -0.5 * 3 / norm, rtol=1e-6)
-    np.testing.assert_allclose(updates["b"], -0.5 * 4 / norm, rtol=1e-6)
-    unclipped = one_update(params, grads, name="sgd", warmup=0.0, clip=0.0)
-    np.testing.assert_allclose(unclipped["b"], -2.0, rtol=1e-6)
-    params = {"net/kernel": jnp.full((2, 2), 2.0), **{n: jnp.full(3, 2.0) for n in ("net/scale", "scale")}}
-    zeros = {n: jnp.zeros_like(a) for n, a in params.items()}
-    for name, every in itertools.product(("sgd", "adamw"), (False, True)):
-        decaying = {"net/kernel"} | ({"net/scale"} if every else set())
-        fields = dict(name=name, warmup=0.0, clip=0.0, weight_decay=0.1, decay_all=every, no_decay="scale")
-        updates = one_update(params, zeros, **fields)
-        for n in params:
-            np.testing.assert_allclose(updates[n], -0.5 * 0.1 * 2 if n in decaying else 0.0, rtol=1e-6)
+    c.update(name=name, warmup=0.0, clip=0.0, weight_decay=0.1, decay_all=every, no_decay="scale")
+    tx = optimizer(c, rate(Stage("s", 0, 10, 0.5, ()), 0.0), dict.fromkeys(params, 1.0))
+    updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
+    decaying = {"net/kernel"} | ({"net/scale"} if every else set())
+    for n in params:
+        np.testing.assert_allclose(updates[n], -0.5 * 0.1 * 2 if n in decaying else 0.0, rtol=1e-6)
 
 
 def of_steps(**fields):
     return small.small_config(**{"steps": 10, "condition__warmup_steps": 3} | fields)
 
 
-@pytest.fixture(scope="module")
-def programs():
-    return small.program(of_steps()), small.program(of_steps(steps=25))
-
-
-@pytest.fixture
-def workdir(tmp_path, monkeypatch):
-    """A workdir of `config()` whose last checkpoint is that of its last step."""
+def test_more_steps_and_nothing_else_extend_a_run(tmp_path, monkeypatch):
     workdirs.write_config(tmp_path, of_steps())
     monkeypatch.setattr(checkpoint, "latest_step", lambda _: 13)
-    return tmp_path
-
-
-def test_more_steps_and_nothing_else_extend_a_run(workdir):
-    assert workdirs.check_config(workdir, of_steps()) is None
-    assert workdirs.check_config(workdir, of_steps(steps=25)) == 10
-    assert workdirs.check_config(workdir, of_steps(steps=25, log__every=3, data__threads=2, checkpoint__keep=9)) == 10
-    refused(r"steps \(10 there, 9 here\)", lambda: workdirs.check_config(workdir, of_steps(steps=9)))
+    assert workdirs.check_config(tmp_path, of_steps()) is None
+    assert workdirs.check_config(tmp_path, of_steps(steps=25)) == 10
+    assert workdirs.check_config(tmp_path, of_steps(steps=25, log__every=3, data__threads=2, checkpoint__keep=9)) == 10
+    refused(r"steps \(10 there, 9 here\)", lambda: workdirs.check_config(tmp_path, of_steps(steps=9)))
     other = of_steps(steps=25, optim__lr=0.5, diva__draws=3)
     says = r"another config: diva.draws \(.*\), optim.lr \(0.01 there, 0.5 here\); use"
-    refused(says, workdirs.check_config, workdir, other)
+    refused(says, workdirs.check_config, tmp_path, other)
 
 
-@pytest.mark.parametrize("start", [2, 8, 13])
-def test_what_becomes_of_the_learning_rate(programs, start):
+def test_what_becomes_of_the_learning_rate():
     """Both rates are of the same step: before the last stage of its first one, after the end of its last one."""
-    short, long = programs
-    said = workdirs.extension(long, start, 10)
-    assert "config.steps was 10 and is 25: the stage tune has the schedule of its 25 steps" in said
-    now, before = (float(n) for n in re.findall(r"is ([\d.e-]+), where that of 10 steps has ([\d.e-]+)", said)[0])
-    stage = max(start, 3) - 3
-    assert now == pytest.approx(float(rate(long.stages[1], long.config.optim.warmup)(stage)), rel=1e-2)
-    assert before == pytest.approx(float(rate(short.stages[1], short.config.optim.warmup)(min(stage, 9))), rel=1e-2)
-    assert workdirs.extension(long, start, 25) == ""
+    short, long = (small.program(of_steps(**fields)) for fields in ({}, {"steps": 25}))
+    for start in (2, 8, 13):
+        said = workdirs.extension(long, start, 10)
+        assert "config.steps was 10 and is 25: the stage tune has the schedule of its 25 steps" in said
+        now, before = (float(n) for n in re.findall(r"is ([\d.e-]+), where that of 10 steps has ([\d.e-]+)", said)[0])
+        stage = max(start, 3) - 3
+        for p, step, found in ((long, stage, now), (short, min(stage, 9), before)):
+            assert found == pytest.approx(float(rate(p.stages[1], p.config.optim.warmup)(step)), rel=1e-2)
+        assert workdirs.extension(long, start, 25) == ""
 
 
 def values(loss, grad=1.0):
