@@ -51,6 +51,16 @@ def files(tmp_path_factory):
     return folder
 
 
+@pytest.fixture
+def bucket():
+    """A store of fsspec whose folder memory://bucket is empty."""
+    import fsspec
+
+    fs = fsspec.filesystem("memory")
+    yield fs
+    fs.rm("/bucket", recursive=True)
+
+
 @pytest.fixture(autouse=True)
 def no_process_is_left():
     yield

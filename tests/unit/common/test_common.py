@@ -6,29 +6,20 @@ import json
 import os
 import signal
 import stat
-import subprocess
 import sys
 import time
 from pathlib import Path
 
-import fsspec
+import commands
 import pytest
 from etils import epath
 from gcsfs.retry import HttpError
 from helpers import refused
-from places import ROOT
 
 import diva_jax
 from diva_jax.common import config_files, errors, json_files, paths
 from diva_jax.report import page
 from diva_jax.training import checkpoint, workdirs
-
-
-@pytest.fixture
-def bucket():
-    fs = fsspec.filesystem("memory")
-    yield fs
-    fs.rm("/bucket", recursive=True)
 
 
 def test_text_and_bytes(tmp_path, bucket):
@@ -164,9 +155,7 @@ def test_an_error_in_an_installed_module_that_a_config_names_shows_its_line(tmp_
 
 
 def run(code: str) -> str:
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    return commands.output(commands.launch(sys.executable, "-c", code))
 
 
 def test_the_package_imports_nothing_and_a_command_what_every_run_needs():
@@ -223,14 +212,13 @@ cli.run(main)
 
 def signalled(sig, *command, **env):
     """What a command that says that it is ready prints after a signal: (exit code, output, errors)."""
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    process = subprocess.Popen([sys.executable, *command], cwd=ROOT, env=os.environ | env, **pipes)
+    process = commands.launch(sys.executable, *command, **env)
     assert process.stdout.readline() == "ready\n"
     began = time.monotonic()
     process.send_signal(sig)
-    out, err = process.communicate(timeout=60)
+    found = commands.finish(process, 60)
     assert time.monotonic() - began < 9  # Less than the time after which it would have been ended from outside.
-    return process.returncode, out, err
+    return found
 
 
 @pytest.mark.attack
@@ -244,5 +232,5 @@ def test_a_signal_ends_a_command(sig, code, said, where):
 def test_sigint_while_a_command_imports(tmp_path):
     """A module in place of jax says when it is imported."""
     (tmp_path / "jax.py").write_text("import time; print('ready', flush=True); time.sleep(60)")
-    found = signalled(signal.SIGINT, "-m", "diva_jax.report", "x", PYTHONPATH=f"{tmp_path}:{ROOT}")
+    found = signalled(signal.SIGINT, "-m", "diva_jax.report", "x", path=[tmp_path])
     assert found == (130, "", "interrupted\n")

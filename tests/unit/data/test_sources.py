@@ -9,7 +9,6 @@ import os
 import sys
 from pathlib import Path
 
-import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -63,13 +62,6 @@ def test_image_folder_is_recursive_and_sorted(tmp_path):
     assert [source.read(i)[:2] for i in range(5)] == want and names(open_source(f"{root}/")) == names(source)
     os.rename(root, tmp_path / "plain")
     assert names(open_source(f"{tmp_path}/plain/b/*")) == [f"{tmp_path}/plain/b/{n}" for n in ("1.JPG", "2.png")]
-
-
-@pytest.fixture
-def bucket():
-    fs = fsspec.filesystem("memory")
-    yield fs
-    fs.rm("/bucket", recursive=True)
 
 
 def test_remote_tars_folder_and_cache(bucket):
