@@ -1,7 +1,6 @@
 """The index of tar shards, compared with tarfile, and for damaged files."""
 
 import concurrent.futures
-import logging
 import os
 import tarfile
 
@@ -97,59 +96,42 @@ def test_samples_and_their_captions(tmp_path, form, caplog):
         assert found == CAPTIONS
 
 
-def test_a_truncated_shard_keeps_what_is_whole(tmp_path, caplog):
-    good, bad, garbage = (str(tmp_path / name) for name in ("0.tar", "1.tar", "2.tar"))
-    write_tar(good, members(3))
-    write_tar(bad, members(4))
-    (tmp_path / "2.tar").write_bytes(bytes(range(256)) * 20)
-    with tarfile.open(bad) as tar:
-        third = tar.getmember("000000002.jpg")
-    os.truncate(bad, third.offset_data + third.size - 1)  # Its last byte is missing.
-    source = TarSource([good, bad, garbage])
-    records = [source.read(i)[:2] for i in range(len(source))]
-    assert records == [(f"{s}.tar/{i:09d}.jpg", noise(i)) for s, i in ((0, 0), (0, 1), (0, 2), (1, 0), (1, 1))]
-    lines = [r.getMessage() for r in caplog.records]
-    assert len(lines) == 3 and bad in lines[0] and "2 images kept" in lines[0]
-    assert garbage in lines[1] and "no uncompressed tar" in lines[1]
-    assert lines[2] == "2 of 3 tar shards are damaged or empty"
-    os.truncate(good, 600)
-    with pytest.raises(OSError, match="ends .* bytes early"):  # A shard that shrinks later.
-        source.read(1)
-
-
-def test_every_length_of_a_cut_shard_and_damage_in_the_middle(tmp_path, caplog):
-    """Wherever a file is truncated, exactly the images before are read, and a warning is logged."""
-    path = str(tmp_path / "a.tar")
+def test_damaged_shards_keep_the_images_before_the_damage_and_are_told(tmp_path, caplog):
+    """Wherever a file is truncated, exactly the images before are read."""
+    path, cut, garbage = (str(tmp_path / f"{i}.tar") for i in range(3))
     write_tar(path, {"0.jpg": b"x" * 700, "1.jpg": b"y" * 512, "2.jpg": b"z"})
     with tarfile.open(path) as tar:
-        ends = [m.offset_data + m.size for m in tar]
-        last = tar.getmembers()[-1].offset
-    whole = (tmp_path / "a.tar").read_bytes()
+        ends, last = [m.offset_data + m.size for m in tar], tar.getmembers()[-1].offset
+    whole = (tmp_path / "0.tar").read_bytes()
     for length in range(0, last + 1025, 64):
-        (tmp_path / "b.tar").write_bytes(whole[:length])
-        complete, complaint = tars.scan(str(tmp_path / "b.tar"))
+        (tmp_path / "1.tar").write_bytes(whole[:length])
+        complete, complaint = tars.scan(cut)
         assert [m.name for m in complete] == [f"{i}.jpg" for i, end in enumerate(ends) if end <= length], length
         assert complaint, length
     assert not tars.scan(path)[1]
-    (tmp_path / "a.tar").write_bytes(whole[:last] + os.urandom(512) + whole[last + 512 :])
-    with caplog.at_level(logging.WARNING):
-        assert len(TarSource([path])) == 2
-    assert f"damaged at byte {last}" in caplog.text
+    os.truncate(cut, ends[1] - 1)  # The last byte of an image is missing.
+    (tmp_path / "2.tar").write_bytes(bytes(range(256)) * 20)
+    source = TarSource([path, cut, garbage])
+    assert [source.name(i) for i in range(len(source))] == ["0.tar/0.jpg", "0.tar/1.jpg", "0.tar/2.jpg", "1.tar/0.jpg"]
+    lines = [r.getMessage() for r in caplog.records]
+    assert cut in lines[0] and "1 images kept" in lines[0] and garbage in lines[1] and "no uncompressed tar" in lines[1]
+    assert lines[2:] == ["2 of 3 tar shards are damaged or empty"]
+    os.truncate(path, 600)
+    with pytest.raises(OSError, match="ends .* bytes early"):  # A shard that shrinks later.
+        source.read(0)
+    (tmp_path / "0.tar").write_bytes(whole[:last] + os.urandom(512) + whole[last + 512 :])
+    assert len(TarSource([path])) == 2 and f"damaged at byte {last}" in caplog.text
 
 
 def test_links_are_the_members_that_they_name(tmp_path, caplog):
-    path = str(tmp_path / "a.tar")
-    with tarfile.open(path, "w") as tar:
+    links = {"1.jpg": (tarfile.LNKTYPE, "./in/0.jpg"), "in/2.jpg": (tarfile.SYMTYPE, "../in/0.jpg")}
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
         demo.add_member(tar, "./in/0.jpg", noise(0))
-        for name, kind, target in (
-            ("1.jpg", tarfile.LNKTYPE, "./in/0.jpg"),
-            ("in/2.jpg", tarfile.SYMTYPE, "../in/0.jpg"),
-            ("3.jpg", tarfile.SYMTYPE, "/etc/passwd"),
-        ):
+        for name, (kind, target) in (links | {"3.jpg": (tarfile.SYMTYPE, "/etc/passwd")}).items():
             info = tarfile.TarInfo(name)
             info.type, info.linkname = kind, target
             tar.addfile(info)
-    source = TarSource([path])
+    source = TarSource([str(tmp_path / "a.tar")])
     assert [source.read(i)[1] for i in range(len(source))] == [noise(0)] * 3 and source.name(2) == "a.tar/in/2.jpg"
     assert "has 1 links to what is not in it (3.jpg): 3 images kept, the rest skipped" in caplog.text
 
