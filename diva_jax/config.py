@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from diva_jax import evals, objectives
 from diva_jax.common import fields
 from diva_jax.common.errors import UserError, brief
-from diva_jax.common.fields import Rule, below, between, field, finite, one_of, pair
+from diva_jax.common.fields import Rule, below, between, choice, field, finite, one_of, pair
 from diva_jax.data import images
 from diva_jax.evals.encode import parse_readout
 from diva_jax.models import backbones
@@ -156,11 +156,10 @@ class RunOptions:
     frozen_dtype: str = field(
         "bfloat16", "Frozen parts, such as the U-Net and the VAE, are held in this dtype.", _DTYPE
     )
-    remat: str = field(
-        "none",
+    remat: str = choice(
+        ("none", "vision", "all"),
         "The backward pass computes blocks again, which saves memory: none, those of the vision tower (+3% work), or "
         "all (+30%).",
-        one_of("none", "vision", "all"),
     )
     trainable: tuple[tuple[str, float], ...] = field(
         (("vision/.*", 1.0), (".*", 0.0)),
@@ -194,11 +193,10 @@ class RunOptions:
             "must be auto, or options of the TPU compiler as NAME=VALUE,NAME=VALUE",
         ),
     )
-    kernels: str = field(
-        compiler.AUTO,
+    kernels: str = choice(
+        (compiler.AUTO, compiler.XLA, compiler.OWN),
         "This package's Pallas kernels on TPUs: auto, those that passed python -m diva_jax.selfcheck on this kind of "
         "device; own, all; xla, none, but XLA's operations and jax's splash attention. Elsewhere there are none.",
-        one_of(compiler.AUTO, compiler.XLA, compiler.OWN),
     )
     profile: ProfileOptions = ProfileOptions()
 

@@ -121,9 +121,9 @@ def one_of(*values: Any) -> Rule:
     return Rule(lambda v: v in values, f"must be {said}", values)
 
 
-def choice(doc: str, default: Any, *others: Any) -> Any:
+def choice(values: tuple[Any, ...], doc: str) -> Any:
     """Declares a field that has one of some values, of which the first is the default."""
-    return field(default, doc, one_of(default, *others))
+    return field(values[0], doc, one_of(*values))
 
 
 def declared(section: Any, prefix: str = "") -> dict[str, Field]:

@@ -26,7 +26,7 @@ EXACT, FAITHFUL = "exact", "faithful"
 
 def switch(doc: str, default: str = EXACT) -> Any:
     """Declares a field that is exact or faithful."""
-    return fields.choice(doc, default, *{EXACT, FAITHFUL} - {default})
+    return fields.choice((default, *{EXACT, FAITHFUL} - {default}), doc)
 
 
 def check_both_towers(spec: Spec, objective: str) -> None:

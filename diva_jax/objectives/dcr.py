@@ -46,11 +46,8 @@ class DcrOptions:
     temperature: float = field(0.1, "The logits are divided by this temperature.", above(0))
     projector_only: bool = field(False, "Whether the run ends after stage 1 (condition.warmup_steps steps).")
     target: str = choice(
+        (EXACT, FAITHFUL, "epsilon", "velocity"),
         "The target is what the U-Net predicts (exact), velocity for every U-Net (faithful), or the one that is named.",
-        EXACT,
-        FAITHFUL,
-        "epsilon",
-        "velocity",
     )
     plus_space: str = switch(
         "The positive view is a jitter of the image in [0, 1] (exact), or of the normalised one, clipped to [0, 1] "

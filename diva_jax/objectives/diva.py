@@ -36,9 +36,8 @@ class DivaOptions:
     first_timestep: int = field(0, "Timesteps are drawn from this one on.", at_least(0))
     end_timestep: int = field(0, "Timesteps are drawn below this one; 0: from all of the schedule.", at_least(0))
     condition_of: str = choice(
+        ("own", "next"),
         "The condition is the image's own, or that of the next image in the batch, a control that can teach nothing.",
-        "own",
-        "next",
     )
     vae_view: str = switch(
         "The VAE's input is 2x - 1 of the image (exact), or goes through CLIP's and back by ImageNet's mean and std "

@@ -15,7 +15,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from diva_jax.common.errors import UserError
-from diva_jax.common.fields import Rule, at_least, between, choice, field, is_regex, one_of, parse
+from diva_jax.common.fields import Rule, at_least, between, choice, field, is_regex, parse
 from diva_jax.data import preprocess
 from diva_jax.models import adapters, backbones
 from diva_jax.models.diffusion import flow, presets
@@ -65,15 +65,13 @@ class GenHancerOptions:
     stage1_steps: int = field(100_000, "The steps of stage 1, of projectors and denoiser; 0: --init_from.", at_least(0))
     stage1_lr: float = field(1e-4, "The peak learning rate of stage 1; stage 2 has config.optim.lr.", between(0, 1e38))
     stage2: str = choice(
+        (ONLY, ALL, NONE),
         "Stage 2 trains the encoder's adapters (only), or projectors and denoiser too (all); none: there is none.",
-        ONLY,
-        ALL,
-        NONE,
     )
-    latents: str = choice("Latents are a sample of the VAE's posterior or its mean.", "sample", "mean")
+    latents: str = choice(("sample", "mean"), "Latents are a sample of the VAE's posterior or its mean.")
     scale_factor: float = field(1.0, "This is s in t = sigmoid(s n), n being standard normal.")
     guidance: float = field(4.0, "The denoiser is told this strength of guidance for every image.")
-    vae_dtype: str = field("float32", "The VAE computes and is held in this dtype.", one_of("float32", "bfloat16"))
+    vae_dtype: str = choice(("float32", "bfloat16"), "The VAE computes and is held in this dtype.")
     time_precision: str = switch(
         "The time t is given in float32 (exact), or t, 1000 t and their codes are rounded to bfloat16 (faithful)."
     )

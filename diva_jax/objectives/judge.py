@@ -50,40 +50,33 @@ class JudgeOptions:
     """`config.judge`."""
 
     texts: str = choice(
+        ("edits", "records", "classes"),
         "The texts are the caption and edits of it by the lexicon (edits), the list `texts` of the record (records), "
         "or the template with names of classes (classes).",
-        "edits",
-        "records",
-        "classes",
     )
     count: int = field(2, "An image has at most this many texts, without the neutral one.", between(2, 64))
     lexicon: str = field("", "The lexicon of edits; if empty, diva_jax/data/edits.json.")
     classes: str = field("", "The names of the classes are in this JSON file, as in eval.zeroshot.classes.")
     template: str = field("a photo of a {}.", "The text of a class, with {} for its name.")
     neutral: str = choice(
+        ("auto", "caption", "none"),
         "The neutral text leaves the fact out (auto: the edited word, or what the texts do not have in common), or "
         "is the caption; none: there is none, and every image has the weight 1.",
-        "auto",
-        "caption",
-        "none",
     )
     draws: int = field(2, "Each image has this many draws of a timestep and noise.", between(1, 1024))
     first_timestep: int = field(300, "Timesteps are drawn from this one on; high noise decides layout.", at_least(0))
     end_timestep: int = field(0, "Timesteps are drawn below this one; 0: from all of the schedule.", at_least(0))
     timestep_weight: str = choice(
+        ("equal", "nats"),
         "All timesteps' errors weigh the same (equal), or as they add to the likelihood (nats, with beta=1).",
-        "equal",
-        "nats",
     )
     beta: float = field(300.0, "The errors are multiplied by this before the softmax.", between(0, 1e38))
     logit_scale: float = field(50.0, "The tower's cosines are multiplied by this before the softmax.", between(0, 1e38))
     image_weight: float = field(0.0, "The choice of a text among the batch's images has this weight.", between(0, 1e38))
     verdict: str = choice(
+        ("generator", "shuffled", "first"),
         "The posterior is the generator's; the same in a random order, a control that can teach nothing (shuffled); "
         "or the first text is right (first), for data whose labels are known.",
-        "generator",
-        "shuffled",
-        "first",
     )
     tokenizer: str = field("", "The tokenizer's files are in this folder; if empty, they are those of backbone.source.")
 

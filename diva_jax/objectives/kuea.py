@@ -30,7 +30,7 @@ from diva_jax.weights import parts
 class KueaOptions:
     """`config.kuea`. "faithful" is what the authors' code does."""
 
-    kernel: str = choice("The kernel of pairs of embeddings.", "polynomial", "gaussian", "cosine")
+    kernel: str = choice(("polynomial", "gaussian", "cosine"), "The kernel of pairs of embeddings.")
     gamma: float = field(
         0.0032,
         "The polynomial kernel is (gamma a.b + c)^3, normalised to 1 on the diagonal; only gamma/c matters.",

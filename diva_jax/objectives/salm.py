@@ -48,10 +48,9 @@ class AdapterOptions:
     width: int = field(512, "Its width.", between(1, 2**20))
     heads: int = field(8, "The heads of its attention.", between(1, 1024))
     visible: str = choice(
+        ("added", "none"),
         "The teacher's tokens that are not masked are added to what the adapter sees (added), or it sees the tuned "
         "tower's tokens alone (none).",
-        "added",
-        "none",
     )
 
 
@@ -60,10 +59,9 @@ class SalmOptions:
     """`config.salm`."""
 
     teacher: str = choice(
+        (FROZEN, SELF),
         "The teacher is config.teacher (frozen), or the moving average of the tuned tower, whose decay is "
         "config.ema's (self).",
-        FROZEN,
-        SELF,
     )
     layer: int = field(6, "With teacher=self, the tokens are those after this block.", between(1, 1024))
     mask: float = field(0.75, "This share of the patches is masked.", between(0, 1))

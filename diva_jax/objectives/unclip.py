@@ -42,9 +42,8 @@ class UnclipOptions:
     """`config.unclip`."""
 
     target: str = choice(
+        ("v", "eps"),
         "The target is the generator's own objective (v), or its noise (eps), which weighs timestep t by abar_t.",
-        "v",
-        "eps",
     )
     embed_noise: str = field(
         "none",
@@ -54,19 +53,17 @@ class UnclipOptions:
     )
     embed_drop: float = field(0.0, "The class label is zero for this share of the images.", below(0, 1))
     stats: str = choice(
-        "Noise is scaled by the generator's mean and std of embeddings (on), or by 0 and 1 (off).", "on", "off"
+        ("on", "off"), "Noise is scaled by the generator's mean and std of embeddings (on), or by 0 and 1 (off)."
     )
-    latents: str = choice("Latents are a sample of the VAE's posterior or its mean.", "sample", "mean")
+    latents: str = choice(("sample", "mean"), "Latents are a sample of the VAE's posterior or its mean.")
     condition_of: str = choice(
+        ("own", "next"),
         "The condition is the image's own, or that of the next image in the batch, a control that can teach nothing.",
-        "own",
-        "next",
     )
     clip_view: str = choice(
+        ("processor", "ldm"),
         "The tower's input is prepared by the backbone's own preprocessing (processor), or as in the generator's "
         "training (ldm).",
-        "processor",
-        "ldm",
     )
 
     @property

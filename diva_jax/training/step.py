@@ -22,7 +22,7 @@ from jax.sharding import PartitionSpec as P
 from diva_jax import objectives
 from diva_jax.common import log
 from diva_jax.common.errors import UserError
-from diva_jax.common.fields import Rule, above, below, between, field, is_regex, one_of
+from diva_jax.common.fields import Rule, above, below, between, choice, field, is_regex
 from diva_jax.common.log import say
 from diva_jax.costs import chips
 from diva_jax.models import backbones, layers, platform
@@ -33,7 +33,7 @@ from diva_jax.training import compiler, partition, terms
 class OptimOptions:
     """`config.optim`."""
 
-    name: str = field("sgd", "The optimizer.", one_of("sgd", "adamw"))
+    name: str = choice(("sgd", "adamw"), "The optimizer.")
     lr: float = field(1e-4, "The peak learning rate.", above(0))
     warmup: float = field(
         0.005, "The learning rate rises from 0 to its peak in this share of a stage's steps, rounded up.", below(0, 1)
@@ -41,10 +41,9 @@ class OptimOptions:
     warmup_steps: int = field(
         -1, "The length of the warm-up as a number of steps; -1: as warmup says.", between(-1, 10**9)
     )
-    schedule: str = field(
-        "cosine",
+    schedule: str = choice(
+        ("cosine", "constant"),
         "After the warm-up, the learning rate falls to 0 at the stage's end (cosine) or is constant.",
-        one_of("cosine", "constant"),
     )
     clip: float = field(1.0, "The gradient's global norm is clipped to this; 0: it is not.", between(0, 1e38))
     momentum: float = field(0.9, "The momentum of sgd.", below(0, 1))

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from diva_jax.common.errors import UserError
-from diva_jax.common.fields import above, between, field, one_of, parse
+from diva_jax.common.fields import above, between, choice, field, parse
 from diva_jax.data import inputs, preprocess
 from diva_jax.models import backbones
 from diva_jax.models.backbones.shared.transformer import Text
@@ -32,11 +32,10 @@ class AnchorOptions:
         "0: it is not.",
         between(0, 1e38),
     )
-    of: str = field(
-        "embedding",
+    of: str = choice(
+        ("embedding", "unit"),
         "The distance is that of the embeddings, summed over dimensions (embedding), or that of embeddings of length "
         "one, the mean over dimensions (unit).",
-        one_of("embedding", "unit"),
     )
 
 

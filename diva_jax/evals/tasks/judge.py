@@ -43,7 +43,7 @@ class JudgeOptions(ChoiceOptions):
     first_timestep: int = field(300, "Timesteps are drawn from this one on.", at_least(0))
     end_timestep: int = field(0, "Timesteps are drawn below this one; 0: from all of the schedule.", at_least(0))
     timestep_weight: str = choice(
-        "All timesteps' errors weigh the same (equal), or as they add to the likelihood (nats).", "equal", "nats"
+        ("equal", "nats"), "All timesteps' errors weigh the same (equal), or as they add to the likelihood (nats)."
     )
     neutral: str = field("", "An image's error under a text is compared with that under this one.")
 

@@ -73,23 +73,18 @@ class TextSpec:
     mlp_dim: int = field(3072, "The hidden width of the transformer's MLPs.", between(0, _MAX_WIDTH))
     causal: bool = field(True, "Whether a token attends to the tokens before it alone.")
     pool: str = choice(
+        ("argmax", "eos", "last"),
         "The token whose state is projected is that with the highest id, CLIP's end-of-text token (argmax), the "
         "first one whose id is eos_id (eos), or the last one (last).",
-        "argmax",
-        "eos",
-        "last",
     )
     proj_bias: bool = field(False, "Whether the projection has a bias, as SigLIP's, or is a bare matrix, as CLIP's.")
     norm_eps: float = field(1e-5, "The epsilon of the LayerNorms.", between(0, 1))
     tokenizer: str = choice(
+        ("clip", "siglip", "xlm", ""),
         "The tokenizer is lower-cased BPE (clip), SentencePiece on canonicalised text (siglip), or SentencePiece "
         "that keeps case and punctuation (xlm).",
-        "clip",
-        "siglip",
-        "xlm",
-        "",
     )
-    activation: str = choice("The activation of the MLPs; empty: the vision tower's.", "", *ACTIVATIONS)
+    activation: str = choice(("", *ACTIVATIONS), "The activation of the MLPs; empty: the vision tower's.")
     eos_id: int = field(2, "The id of the end-of-text token, for pool=eos.", between(0, 2**24))
     kept_positions: int = field(
         -1,
@@ -117,9 +112,8 @@ class Spec:
     mlp_dim: int = field(4096, "The hidden width of the transformer's MLPs.", between(1, _MAX_WIDTH))
     embed_dim: int = field(768, "The width of the image embedding.", between(1, _MAX_WIDTH))
     activation: str = choice(
+        (*ACTIVATIONS, "swiglu"),
         'The activation of the MLPs is a name in layers.ACTIVATIONS; dinov2 may also have "swiglu".',
-        *ACTIVATIONS,
-        "swiglu",
     )
     norm_eps: float = field(1e-5, "The epsilon of the LayerNorms.", between(0, 1))
     mean: tuple[float, ...] = field(
@@ -146,9 +140,8 @@ class Spec:
         Rule(_SELECT.fullmatch, "must be all, none, random:K or runs:K, where K is a number of patches below 100000"),
     )
     add_text: str = choice(
+        ("mean", "token"),
         "The text's tokens are added to the features token by token (token), or their mean to every one (mean).",
-        "mean",
-        "token",
     )
     readout: str = field("pooled", "This backbone's MMVP-VLM score was published with this readout of the authors.")
     text: TextSpec = TextSpec()

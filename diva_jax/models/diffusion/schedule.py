@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from diva_jax.common.fields import between, choice, field, one_of
+from diva_jax.common.fields import between, choice, field
 from diva_jax.models.layers import Array
 from diva_jax.models.library_config import LibraryConfig
 
@@ -19,12 +19,11 @@ class ScheduleConfig:
     num_train_timesteps: int = field(1000, "T.", between(1, 2**20))
     beta_start: float = field(0.0001, "The variance of the noise added at the first timestep.", between(1e-9, 0.999))
     beta_end: float = field(0.02, "The variance of the noise added at the last timestep.", between(1e-9, 0.999))
-    beta_schedule: str = field(
-        "linear",
+    beta_schedule: str = choice(
+        ("linear", "scaled_linear", "squaredcos_cap_v2"),
         "Between them it is linear, linear in its square root, or instead a cosine (arXiv 2102.09672, equation 17).",
-        one_of("linear", "scaled_linear", "squaredcos_cap_v2"),
     )
-    prediction_type: str = choice("The U-Net predicts the noise, or the velocity.", "epsilon", "v_prediction")
+    prediction_type: str = choice(("epsilon", "v_prediction"), "The U-Net predicts the noise, or the velocity.")
 
     @classmethod
     def from_dict(cls, options: Mapping[str, Any]) -> "ScheduleConfig":
