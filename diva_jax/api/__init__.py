@@ -51,9 +51,8 @@ class Loss:
         self._mesh = partition.make_mesh(config.mesh)
         self._program = Program(config, self._mesh)
         arrays, _ = workdirs.initial_arrays(self._program)
-        trained = set(self._program.trained)
-        self.params = {n: a for n, a in arrays.items() if n in trained}
-        self.frozen = {n: a for n, a in arrays.items() if n not in trained}
+        self.params = {n: arrays[n] for n in self._program.trained}
+        self.frozen = {n: arrays[n] for n in self._program.abstract_frozen()}
         self._inputs = self._program.objective.inputs
         self.inputs = {name: (i.shape, i.dtype) for name, i in self._inputs.items()}
         self._make = {name: i.open(config.data) for name, i in self._inputs.items()}

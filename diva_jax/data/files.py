@@ -6,12 +6,14 @@ import csv
 import glob
 import io
 import itertools
+import json
 import logging
 import math
 import os
 import posixpath
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TypeVar
 
 import braceexpand
@@ -21,13 +23,6 @@ from diva_jax.common import json_files
 from diva_jax.common.errors import UserError, brief, explained, listing
 from diva_jax.common.paths import demo_hint, is_remote
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-# Formats of images that are not read.
-_UNREAD_SUFFIXES = tuple(
-    f".{suffix}"
-    for suffix in "heic heif avif jxl jp2 j2k jpx svg psd xcf tga ppm pgm pbm pnm ico icns eps pdf exr hdr dds pcx qoi "
-    "dng raw cr2 cr3 crw nef nrw arw srf orf rw2 raf pef srw".split()
-)
 # Encoded images are smaller; a larger file is a sparse one, for example.
 MAX_IMAGE_BYTES = 2**28
 _MAX_EXPANDED = 1_000_000
@@ -44,18 +39,10 @@ WHAT = (
     ".parquet file, a folder of save_to_disk, tfds:name/split, or mix:WEIGHT=PATH;WEIGHT=PATH of these"
 )
 # Kind of data -> suffixes of its files, in the order in which a folder's files are looked through: img2dataset writes
-# a .parquet file of metadata beside each shard and each folder of images, for example.
-KINDS = {
-    "tars": (".tar",),
-    "images": IMAGE_SUFFIXES,
-    "arrow": (".arrow",),
-    "parquet": (".parquet",),
-    "csv": (".csv", ".tsv"),
-    "jsonl": (".jsonl", ".ndjson"),
-}
-# Kinds that are not read; what is left out is said.
-UNREAD, _PACKED = "images of other formats", "compressed shards"
-_LEFT_OUT = {UNREAD: _UNREAD_SUFFIXES, _PACKED: (".tar.gz", ".tgz", ".tar.xz", ".tar.bz2", ".tar.zst")}
+# a .parquet file of metadata beside each shard and each folder of images, for example. The last two are not read.
+_SUFFIXES = {k: tuple(v) for k, v in json.loads(Path(__file__).with_name("kinds.json").read_text("utf-8")).items()}
+*KINDS, UNREAD, _PACKED = _SUFFIXES
+IMAGE_SUFFIXES = _SUFFIXES["images"]
 
 _SEPARATORS = ",\t;|"
 _MAX_LINE = 2**24
@@ -63,10 +50,10 @@ _USTAR_OFFSET, _USTAR = 257, b"ustar"
 
 
 def kind_of(name: str) -> str | None:
-    """The kind of a file by its suffix, a key of `KINDS` or a kind that is not read; None for others and for hidden
-    files, such as macOS's `._x.jpg`."""
-    base, kinds = posixpath.basename(name).lower(), KINDS | _LEFT_OUT
-    return None if base.startswith(".") else next((k for k, suffixes in kinds.items() if base.endswith(suffixes)), None)
+    """The kind of a file by its suffix, one of `KINDS` or one that is not read; None for others and for hidden files,
+    such as macOS's `._x.jpg`."""
+    base = posixpath.basename(name).lower()
+    return None if base.startswith(".") else next((k for k, ends in _SUFFIXES.items() if base.endswith(ends)), None)
 
 
 def no_path(cell: str, allow_urls: bool = True) -> str:
@@ -206,7 +193,7 @@ def _matches(pattern: str) -> list[str]:
 
 
 def find(path: str) -> tuple[str, list[str]]:
-    """(a key of `KINDS`, the sorted files of this kind) at a path: a file, a folder, or a brace or glob pattern, whose
+    """(one of `KINDS`, the sorted files of this kind) at a path: a file, a folder, or a brace or glob pattern, whose
     order is then that of the expansion. Those of "images" include the ones whose formats are not read. A UserError
     where nothing is there, or nothing that can be read."""
     if not path:

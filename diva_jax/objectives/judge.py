@@ -160,7 +160,7 @@ class Objective(StableDiffusionObjective):
         numbers of kept states, [count + 1, 1]."""
         text, d, count, choose = self.spec.text, self.diffusion, self.options.count, chooser(self.options)
         own = parts.tokenizer(self.spec.source, text, self.options.tokenizer, "config.judge.tokenizer")
-        generator = parts.prompt_tokenizer(d.source, d.text_tokens, d.text_encoder)
+        generator = functools.partial(parts.prompt_tokenizer, d.source, d.text_tokens, d.text_encoder)
 
         def numbered():
             _, first, of = np.unique(generator()(self.prompts), axis=0, return_index=True, return_inverse=True)

@@ -78,19 +78,13 @@ class _Description(json_files.Record):
     custom_metadata: dict[str, Any] | None = None
 
 
-def read_text(folder: epath.Path, item: str) -> dict:
-    """The JSON of an item; `Damaged` where it is missing or none, a UserError where a bucket does not give it."""
-    if (content := _read_json(folder, f"{item}/metadata", dict[str, Any])) is None:
-        raise Damaged(f"its part {item} is missing")
-    return content
-
-
-def _read_json(folder: epath.Path, name: str, form: Any) -> Any:
-    """The content of a file of a checkpoint, None where there is none; raises as `read_text` does."""
+def _read_json(folder: epath.Path, name: str, form: Any = dict[str, Any], **missing) -> Any:
+    """The content of a file of a checkpoint; `Damaged` where it is missing or has not this form, a UserError where a
+    bucket does not give it; `missing` as for `json_files.read`."""
     try:
-        return json_files.read(folder / name, form, "restore it", None)
+        return json_files.read(folder / name, form, "restore it", **missing)
     except UserError as e:
-        if paths.is_remote(folder) and not isinstance(e.__cause__, ValueError | None):
+        if paths.is_remote(folder) and not isinstance(e.__cause__, ValueError | FileNotFoundError | None):
             raise  # A bucket that cannot be reached, whose checkpoints may be good.
         raise Damaged(f"its part {name.partition('/')[0]}: {e}") from e
 
@@ -105,8 +99,8 @@ def check_files(folder: epath.Path) -> tuple[dict, dict]:
             raise Damaged(f"{file.name} is not a regular file")
         if file.parent.name != "d" and file.stat().st_size > json_files.MAX_BYTES:
             raise Damaged(f"{file.name} has more than {json_files.MAX_BYTES} bytes")
-    _read_json(folder, "_CHECKPOINT_METADATA", _Description)
-    data, meta = read_text(folder, "data"), read_text(folder, "meta")
+    _read_json(folder, "_CHECKPOINT_METADATA", _Description, missing=None)
+    data, meta = (_read_json(folder, f"{item}/metadata") for item in ("data", "meta"))
     if not (folder / "state").is_dir():
         raise Damaged("its part state is missing")
     for name in ("manifest.ocdbt", "_METADATA"):
@@ -172,7 +166,7 @@ def latest_step(workdir: epath.PathLike) -> int | None:
 def stored_config(workdir: epath.PathLike) -> dict | None:
     """The config that the newest whole checkpoint was saved with, or None."""
     step = latest_step(workdir)
-    content = None if step is None else read_text(_folder(workdir) / str(step), "meta").get("config")
+    content = None if step is None else _read_json(_folder(workdir) / str(step), "meta/metadata").get("config")
     return content if isinstance(content, dict) else None
 
 

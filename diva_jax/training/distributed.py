@@ -96,11 +96,9 @@ def initialise(join_timeout: float, lost_timeout: float) -> bool:
             initialization_timeout=int(join_timeout) + 60,
             heartbeat_timeout_seconds=int(lost_timeout),
         )
-    except ValueError as e:
-        if explicit is None and "coordinator_address" in str(e):
+    except (ValueError, RuntimeError, OSError) as e:
+        if explicit is None and isinstance(e, ValueError) and "coordinator_address" in str(e):
             return False  # TPUs, but the metadata describes no slice.
-        raise RunError(f"jax.distributed.initialize: {e}") from e
-    except (RuntimeError, OSError) as e:
         raise RunError(f"the processes of this run cannot be found: {e}") from e
     finally:
         timer.cancel()

@@ -226,7 +226,7 @@ def text_context(
         part = open_diffusers(folder, config, "config.diffusion.text_encoder")
 
         def read() -> np.ndarray:
-            tokenizer = prompt_tokenizer(source, tokens, config)()
+            tokenizer = prompt_tokenizer(source, tokens, config)
             graph, empty = nnx.split(layers.abstract(lambda rngs: TextEncoder(config, rngs=rngs)))
             encoder, run, found = nnx.merge(graph, part.fill(empty)), nnx.jit(lambda m, *args: m(*args)), []
             progress = log.progress("encoding prompts", len(prompts), "texts")
@@ -268,19 +268,14 @@ def tokenizer(source: str, text: TextSpec, folder: str, field: str) -> Callable[
     return lambda: tokenizers.open_tokenizer(text, folder or tokenizer_folder(source), field)
 
 
-def prompt_tokenizer(source: str, tokens: int, config: TextEncoderConfig) -> Callable[[], tokenizers.Tokenizer]:
-    """What opens the tokenizer of the diffusers folder or hub id `source`, of `tokens` ids per text, for the input
-    `data.inputs.Texts`, padded as its files say; a UserError without its files, or where the text encoder has fewer
-    ids."""
-
-    def opened():
-        folder = origins.diffusers_folder(source) / "tokenizer"
-        if not (folder / "vocab.json").exists() and not (folder / "tokenizer.json").exists():
-            raise UserError(f"{folder} has no vocab.json: the diffusers folder needs its tokenizer, download it again")
-        found = tokenizers.FolderTokenizer(folder, tokens, kind="clip")
-        if found.size > config.vocab_size:
-            known = f"{found.size} tokens, but the text encoder only {config.vocab_size}"
-            raise UserError(f"the tokenizer in {folder} has {known}: fetch the folder again")
-        return found
-
-    return opened
+def prompt_tokenizer(source: str, tokens: int, config: TextEncoderConfig) -> tokenizers.FolderTokenizer:
+    """The tokenizer of the diffusers folder or hub id `source`, of `tokens` ids per text, padded as its files say; a
+    UserError without its files, or where the text encoder has fewer ids."""
+    folder = origins.diffusers_folder(source) / "tokenizer"
+    if not (folder / "vocab.json").exists() and not (folder / "tokenizer.json").exists():
+        raise UserError(f"{folder} has no vocab.json: the diffusers folder needs its tokenizer, download it again")
+    found = tokenizers.FolderTokenizer(folder, tokens, kind="clip")
+    if found.size > config.vocab_size:
+        known = f"{found.size} tokens, but the text encoder only {config.vocab_size}"
+        raise UserError(f"the tokenizer in {folder} has {known}: fetch the folder again")
+    return found

@@ -85,7 +85,7 @@ class Judge(Choice):
             config.get(term, {}).update(weight=0.0)
         self.program, self.mesh = Program(config, mesh), mesh
         diffusion = self.program.objective.diffusion
-        tokenize = parts.prompt_tokenizer(diffusion.source, diffusion.text_tokens, diffusion.text_encoder)()
+        tokenize = parts.prompt_tokenizer(diffusion.source, diffusion.text_tokens, diffusion.text_encoder)
         self._ids = tokenize([*self.statements, self.options.neutral])  # The neutral text has the number -1.
 
         def errors(module, latents, ids, keys):

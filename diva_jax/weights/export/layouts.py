@@ -294,21 +294,13 @@ def _differ(library: str, what: str, ours: jax.Array, theirs: np.ndarray) -> str
 
 
 def export(
-    source: ClipSource,
-    spec: Spec,
-    out: str | Path,
-    fmt: str,
-    *,
-    dtype: str = "float32",
-    card: str = "",
-    hub: str = "",
-    run: bool = True,
+    source: ClipSource, spec: Spec, out: str | Path, fmt: str, *, dtype: str = "float32", card: str = "", hub: str = ""
 ) -> None:
     """Writes `source` in one of `FORMATS` and `DTYPES` to `out`, which appears when it is complete and verified. `card`
-    is the content of README.md; `hub` the repository that it is pushed to, or "". With `run`, one image and one text go
-    through the library that the export is for, if it is installed. A UserError as of `whole_model`, where `out` exists
-    and is not empty, or the format does not support this model; a RunError where the written files differ from the
-    weights, or the library computes other embeddings."""
+    is the content of README.md; `hub` the repository that it is pushed to, or "". One image and one text go through the
+    library that the export is for, if it is installed. A UserError as of `whole_model`, where `out` exists and is not
+    empty, or the format does not support this model; a RunError where the written files differ from the weights, or the
+    library computes other embeddings."""
     tensors = whole_model(source, spec, dtype, text=fmt != "pt")
     torch = formats.import_torch("--format=pt") if fmt == "pt" else None
 
@@ -346,8 +338,7 @@ def export(
         narrowed = any(np.dtype(t.dtype).itemsize > jnp.dtype(dtype).itemsize for t in source.tensors.values())
         rounded = f" rounded to {dtype}" if narrowed else ""
         say(f"{len(tensors)} tensors read back, bit-identical to {source.where}{rounded}")
-        if run:
-            say(_run_original(path, fmt, spec, source))
+        say(_run_original(path, fmt, spec, source))
     if missing := without_tokenizer(source, spec, fmt):
         say(f"note: {missing}")
     say(f"done: {out} ({fmt}, {dtype})")

@@ -200,7 +200,7 @@ def test_originals_compute_what_the_evaluation_does(objective, source, tmp_path)
     if ids is not None:
         close(towers.texts(read.text, ids), texts, 1e-6)
     for fmt in ("open_clip", "hf"):
-        layouts.export(found, found.spec, out := tmp_path / fmt, fmt, run=False)
+        layouts.export(found, found.spec, out := tmp_path / fmt, fmt)
         if fmt == "hf":
             theirs, _ = layouts.transformers_embeddings(out, np.array(view), ids, TOKENS)
         else:
