@@ -151,9 +151,10 @@ class Run:
             for step, why in restored.damaged.items() if resumes else ():
                 aside = checkpoint.set_aside(self.workdir, step)
                 say(f"the checkpoint of step {step} is damaged ({why}): kept as {aside}, step {self.start} is used")
-        facts = {f"the checksum of the {part} weights": o["sha256"] for part, o in origins.items()}
-        facts["config.json in --workdir"] = workdirs.seen(self.workdir / "config.json")
-        distributed.check_same(facts | {"the checkpoint restored": self.start})
+        distributed.check_same({f"the checksum of the {part} weights": o["sha256"] for part, o in origins.items()})
+        # After the first comparison process 0 has written config.json.
+        seen = workdirs.seen(self.workdir / "config.json")
+        distributed.check_same({"config.json in --workdir": seen, "the checkpoint restored": self.start})
         state = restored.state if resumes else program.init_state(arrays)
         say(f"weights loaded in {time.perf_counter() - began:.1f} s")
         if self.parent:
