@@ -33,8 +33,8 @@ _EVERYWHERE = {
     "help": "Print this; with --config=FILE also every field with its value.",
     "version": "Print the version.",
 }
-# How many signals have raised an exception.
-_handled = 0
+# The signals that have raised an exception: the exception's name, what is said at the end, the exit code.
+_handled: list[tuple[str, str, int]] = []
 
 # Makes config -> [(dotted path, value, documentation)] of its fields.
 Describe = Callable[[ConfigDict], Sequence[tuple[str, str, str]]]
@@ -151,8 +151,7 @@ def _raises(error: type[BaseException], code: int, message: str) -> Callable:
     """A signal handler that raises; the process ends later where that was lost, as in a callback of jax."""
 
     def handle(*_):
-        global _handled
-        _handled += 1
+        _handled.append((error.__name__, message, code))
         _end_within(_LINGER_S, code, message)
         raise error
 
@@ -161,7 +160,7 @@ def _raises(error: type[BaseException], code: int, message: str) -> Callable:
 
 def _send(number: signal.Signals, handled: int) -> None:
     """Sends a signal to the main thread until it is handled; one that comes as a wait begins does not end the wait."""
-    while _handled == handled:
+    while len(_handled) == handled:
         time.sleep(0.1)
         signal.pthread_kill(threading.main_thread().ident, number)
 
@@ -172,7 +171,7 @@ def _on_unraisable(lost) -> None:
     itself is reported where it is waited for."""
     again = {KeyboardInterrupt: signal.SIGINT, Terminated: signal.SIGTERM}.get(lost.exc_type)
     if again is not None:
-        threading.Thread(target=_send, args=(again, _handled), daemon=True).start()
+        threading.Thread(target=_send, args=(again, len(_handled)), daemon=True).start()
     elif "Event loop is closed" not in str(lost.exc_value):
         sys.__unraisablehook__(lost)
 
@@ -200,6 +199,21 @@ def _run(main: Callable[..., None], arguments: Sequence[str], describe: Describe
         _end_within(_LINGER_S, 0)
 
 
+def _unexpected(e: BaseException) -> str:
+    """What is said of an exception that is being handled, whose trace is written to a file."""
+    try:
+        file = tempfile.NamedTemporaryFile("w", prefix="diva_jax_", suffix=".log", delete=False, encoding="utf-8")
+        with file:
+            file.write(f"{' '.join(sys.argv)}\n\n{traceback.format_exc()}")
+        trace = f"the full trace is in {file.name}"
+    except OSError as lost:
+        trace = f"the full trace could not be written ({lost})"
+    said = " ".join(f"{type(e).__name__}: {e}".split())[:300]
+    if where := place(e):
+        return f"error: {where}: {said}; {trace}"
+    return f"error: unexpected ({said}): {trace}, please report it"
+
+
 def run(main: Callable[..., None], arguments: Sequence[str] = (), described: Describe | None = None) -> None:
     """Runs a command: flags parsed, `main` called with the values of `arguments`, every error reported as one line.
     Exit codes: 2 for `UserError`; 1 for `RunError` and for unexpected exceptions, whose trace is written to a file and
@@ -221,22 +235,11 @@ def run(main: Callable[..., None], arguments: Sequence[str] = (), described: Des
         sys.exit(0)
     except (UserError, RunError) as e:
         message, code = f"error: {e}", 2 if isinstance(e, UserError) else 1
-    except KeyboardInterrupt:
-        message, code = "interrupted", _SIGINT_CODE
-    except Terminated:
-        message, code = "terminated", _SIGTERM_CODE
-    except Exception as e:
-        try:
-            file = tempfile.NamedTemporaryFile("w", prefix="diva_jax_", suffix=".log", delete=False, encoding="utf-8")
-            with file:
-                file.write(f"{' '.join(sys.argv)}\n\n{traceback.format_exc()}")
-            trace = f"the full trace is in {file.name}"
-        except OSError as lost:
-            trace = f"the full trace could not be written ({lost})"
-        where, said, code = place(e), " ".join(f"{type(e).__name__}: {e}".split())[:300], 1
-        message = f"error: {where}: {said}; {trace}"
-        if not where:
-            message = f"error: unexpected ({said}): {trace}, please report it"
+    except (KeyboardInterrupt, Terminated, Exception) as e:
+        # Where a signal comes while jax compares arguments, jax raises an exception of its own with the signal's trace.
+        name, message, code = _handled[-1] if _handled else ("", "", 1)
+        if not name or name not in traceback.format_exc():
+            message, code = _unexpected(e), 1
     print(printable(" ".join(message.split())), file=sys.stderr, flush=True)
     _end_within(_LINGER_S, code)
     sys.exit(code)

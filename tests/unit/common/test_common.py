@@ -199,6 +199,12 @@ def main():
     try:
         if where == "main":
             wait()
+        elif where == "comparison":
+            import jax
+
+            static = type("Static", (), dict(__hash__=lambda _: 0, __eq__=wait))
+            call = jax.jit(lambda _: 0, static_argnums=0)
+            call(static()), call(static())
         else:
             gc.callbacks.append(lambda phase, _: phase == "start" and (gc.callbacks.clear(), wait()))
             gc.collect()
@@ -222,7 +228,7 @@ def signalled(sig, *command, **env):
 
 
 @pytest.mark.attack
-@pytest.mark.parametrize("where", ["main", "collector"])
+@pytest.mark.parametrize("where", ["main", "collector", "comparison"])
 @pytest.mark.parametrize("sig, code, said", [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")])
 def test_a_signal_ends_a_command(sig, code, said, where):
     assert signalled(sig, "-c", COMMAND, where) == (code, "removed\n", said + "\n")
