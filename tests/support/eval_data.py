@@ -69,13 +69,13 @@ def unit(x: np.ndarray) -> np.ndarray:
 
 
 class FakeModel:
-    """Random embeddings, by number of the image and by text; what was asked for stays in `pooled` and `words`."""
+    """Random embeddings, by number of the image and by text; those that were asked for stay here."""
 
     label = "fake"
 
     def __init__(self, seed: int = 0, dim: int = 6):
         self.dim, self.rng = dim, np.random.default_rng(seed)
-        self.pooled, self.sizes, self.words = [], [], {}
+        self.pooled, self.published, self.sizes, self.words = [], [], [], {}
 
     def draw(self, *shape: int) -> np.ndarray:
         return self.rng.standard_normal((*shape, self.dim))
@@ -83,7 +83,8 @@ class FakeModel:
     def images(self, read, count, seeds=0):
         self.sizes.append([read(i).size for i in range(count)])
         self.pooled.append(self.draw(count))
-        return {"pooled": self.pooled[-1]}
+        self.published.append(self.draw(count, seeds))
+        return {"pooled": self.pooled[-1], "published": self.published[-1]}
 
     def texts(self, texts):
         for text in dict.fromkeys(texts):

@@ -71,19 +71,6 @@ def test_crops_of_two_sizes_are_of_one_box(noisy):
         assert example.image.mode == "RGB" and example.text is None
 
 
-def test_the_chosen_part_depends_on_seed_and_position_alone(captioned):
-    wanted = {"caption": tokens(20, lambda text, rng: text[: rng.integers(1, len(text) + 1)])}
-    whole = batches(captioned, wanted, batch=6)
-    parts = [batches(captioned, wanted, batch=6, process=(p, 3)) for p in range(3)]
-    lengths = set()
-    for _ in range(6):
-        batch = next(whole)
-        for p, part in enumerate(parts):
-            np.testing.assert_array_equal(next(part)["caption"], batch["caption"][p::3])
-        lengths |= {len(text_of(ids)) for ids in batch["caption"]}
-    assert len(lengths) > 5
-
-
 def test_no_caption_is_broken_only_where_text_is_needed(tmp_path, caplog):
     members = {}
     for i in range(COUNT):

@@ -26,7 +26,7 @@ def task(tmp_path_factory):
 class Given(FakeModel):
     def __init__(self, embeddings, label="fake"):
         super().__init__()
-        self.draw, self.label = lambda count: embeddings, label
+        self.draw, self.label = lambda *shape: embeddings, label
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 import small
 from helpers import failed, refused
-from jax.sharding import PartitionSpec as P
 
 from diva_jax import config, objectives
 from diva_jax.common import log
@@ -52,12 +51,6 @@ def test_a_mesh_covers_all_devices_or_is_refused():
             refused(want, partition.make_mesh, c)
         else:
             assert tuple(partition.make_mesh(c).shape.items()) == (("data", want[0]), ("fsdp", want[1]))
-
-
-def test_the_largest_axis_that_divides_is_split():
-    cases = [((6, 8), P(None, "fsdp")), ((12, 8), P("fsdp", None)), ((3, 3, 5, 20), P(None, None, None, "fsdp"))]
-    for shape, spec in [*cases, ((7, 9), P()), ((2, 4), P()), ((), P())]:  # No axis divides, too small, none.
-        assert partition.parameter_spec(shape, 4, 30) == spec and partition.parameter_spec(shape, 1, 0) == P()
 
 
 def test_optimizer_state_lies_as_its_parameters_and_bytes_per_device_fall():
