@@ -25,16 +25,20 @@ from diva_jax.common.errors import RunError, Terminated, UserError, place, print
 
 # Time for threads to end after a command has, since one of them may wait for a disk that is gone [s].
 _LINGER_S = 10.0
-# Exit codes after signals, as shells have them; a training run that has saved ends with 0 after SIGTERM.
-_SIGINT_CODE, _SIGTERM_CODE = 130, 143
+# What a signal raises -> the signal, the exit code, as shells have it, and what is said; a training run that has saved
+# ends with 0 after SIGTERM.
+_SIGNALS = {
+    KeyboardInterrupt: (signal.SIGINT, 130, "interrupted"),
+    Terminated: (signal.SIGTERM, 143, "terminated"),
+}
 _FIELD_FLAG = re.compile(r"--?(?:no)?config\.([\w.]+)")
 # The flags that all commands have.
 _EVERYWHERE = {
     "help": "Print this; with --config=FILE also every field with its value.",
     "version": "Print the version.",
 }
-# The signals that have raised an exception: the exception's name, what is said at the end, the exit code.
-_handled: list[tuple[str, str, int]] = []
+# What signals have raised.
+_handled: list[type[BaseException]] = []
 
 # Makes config -> [(dotted path, value, documentation)] of its fields.
 Describe = Callable[[ConfigDict], Sequence[tuple[str, str, str]]]
@@ -147,12 +151,12 @@ class _PlainFormatter(std_logging.Formatter):
         return printable(f"{record.levelname.lower()}: {' '.join(record.getMessage().split())}")
 
 
-def _raises(error: type[BaseException], code: int, message: str) -> Callable:
+def _raises(error: type[BaseException]) -> Callable:
     """A signal handler that raises; the process ends later where that was lost, as in a callback of jax."""
 
     def handle(*_):
-        _handled.append((error.__name__, message, code))
-        _end_within(_LINGER_S, code, message)
+        _handled.append(error)
+        _end_within(_LINGER_S, *_SIGNALS[error][1:])
         raise error
 
     return handle
@@ -169,9 +173,8 @@ def _on_unraisable(lost) -> None:
     """Handles an exception where nothing could catch it, such as in a callback of the garbage collector. A signal's is
     raised again a moment later. Threads of a save that failed leave errors of their closed event loop; the failure
     itself is reported where it is waited for."""
-    again = {KeyboardInterrupt: signal.SIGINT, Terminated: signal.SIGTERM}.get(lost.exc_type)
-    if again is not None:
-        threading.Thread(target=_send, args=(again, len(_handled)), daemon=True).start()
+    if lost.exc_type in _SIGNALS:
+        threading.Thread(target=_send, args=(_SIGNALS[lost.exc_type][0], len(_handled)), daemon=True).start()
     elif "Event loop is closed" not in str(lost.exc_value):
         sys.__unraisablehook__(lost)
 
@@ -225,8 +228,8 @@ def run(main: Callable[..., None], arguments: Sequence[str] = (), described: Des
     # transformers otherwise says that PyTorch is missing, which no command needs.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGINT, _raises(KeyboardInterrupt, _SIGINT_CODE, "interrupted"))
-        signal.signal(signal.SIGTERM, _raises(Terminated, _SIGTERM_CODE, "terminated"))
+        for error, (number, *_) in _SIGNALS.items():
+            signal.signal(number, _raises(error))
         sys.unraisablehook = _on_unraisable
     for name, text in _EVERYWHERE.items():
         flags.DEFINE_bool(name, False, text, short_name="h" if name == "help" else None)
@@ -235,11 +238,11 @@ def run(main: Callable[..., None], arguments: Sequence[str] = (), described: Des
         sys.exit(0)
     except (UserError, RunError) as e:
         message, code = f"error: {e}", 2 if isinstance(e, UserError) else 1
-    except (KeyboardInterrupt, Terminated, Exception) as e:
+    except (*_SIGNALS, Exception) as e:
         # Where a signal comes while jax compares arguments, jax raises an exception of its own with the signal's trace.
-        name, message, code = _handled[-1] if _handled else ("", "", 1)
-        if not name or name not in traceback.format_exc():
-            message, code = _unexpected(e), 1
+        by_signal = [kind for kind in _handled[-1:] if kind.__name__ in traceback.format_exc()]
+        kind = type(e) if type(e) in _SIGNALS else next(iter(by_signal), None)
+        code, message = _SIGNALS[kind][1:] if kind else (1, _unexpected(e))
     print(printable(" ".join(message.split())), file=sys.stderr, flush=True)
     _end_within(_LINGER_S, code)
     sys.exit(code)
