@@ -32,6 +32,9 @@ RUNS = {
     "vitl14-v4-16": ("vitl14", "v4:2x2x4", []),
     "vitl14-v5p-16": ("vitl14", "v5p:2x2x4", []),
     "vitl14-v6e-16": ("vitl14", "v6e:4x4", []),
+    # With Python 3.12 or newer: the jaxlib of that lane of constraints can read what is compiled for this chip.
+    "vitl14-tpu7x-16": ("vitl14", "tpu7x:2x2x4", ["--config.accum=1"]),
+    "kuea_vitl14-tpu7x-16": ("kuea_vitl14", "tpu7x:2x2x4", []),
     # Savings and costs of single settings.
     "vitl14-v5e-16-latents": ("vitl14", "v5e:4x4", ["--config.data.latents=any"]),
     "vitl14-v5e-16-remat": ("vitl14", "v5e:4x4", ["--config.remat=vision"]),
@@ -76,7 +79,7 @@ def write_between(file: Path, begin: str, text: str, end: str) -> None:
 def costs(found: dict[str, dict]) -> str:
     """Returns a table with one row per report: memory, and costs of a step per chip."""
     header = (
-        "config, slice | fsdp | remat | images per chip x micro-batches | HBM needed, of [GiB] | temporaries [GiB] | "
+        "config, slice | fsdp | remat | images per device x micro-batches | HBM needed, of [GiB] | temporaries [GiB] | "
         "model + kernels at their bound (at peak) [ms] | links [ms] | images/s per chip | MFU | HBM [GB] | "
         "TFLOP + in kernels | compile [s]"
     ).split(" | ")
