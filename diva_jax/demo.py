@@ -71,10 +71,10 @@ def add_member(tar: tarfile.TarFile, name: str, data: bytes) -> None:
     tar.addfile(info, io.BytesIO(data))
 
 
-def pack_photos(out_dir: str | Path, count: int = 96, per_shard: int = 32, seed: int = 0) -> list[Path]:
+def pack_photos(out_dir: str | Path, count: int = 96, per_shard: int = 32) -> list[Path]:
     """Writes tar shards of `per_shard` (at most 10,000) examples as img2dataset does, 9-digit keys with a .jpg and a
     .txt each, and returns them. The bytes depend only on the arguments and on Pillow's JPEG encoder."""
-    every, shards = list(examples(count, seed)), []
+    every, shards = list(examples(count)), []
     for number, start in enumerate(range(0, count, per_shard)):
         data = io.BytesIO()
         with tarfile.open(fileobj=data, mode="w", format=tarfile.USTAR_FORMAT) as tar:
@@ -135,8 +135,11 @@ def write_stable_diffusion(folder: Path, config: dict, seed: int = 0) -> None:
     write_byte_tokenizer(folder / "tokenizer")
 
 
-def write_all(out: Path) -> None:
-    """Writes photographs, towers and diffusion model into a folder; existing files are overwritten."""
+def main() -> None:
+    if not _OUT.value:
+        raise UserError("--out is missing: give a folder, e.g. --out=data/tiny")
+    jax.config.update("jax_platforms", "cpu")
+    out = Path(_OUT.value)
     print(f"writing photographs to {out / 'photos'} and {out / 'images'}", flush=True)
     pack_photos(out / "photos")
     for i, (photograph, _, jpeg) in enumerate(examples(24)):
@@ -146,13 +149,6 @@ def write_all(out: Path) -> None:
     write_byte_tokenizer(out / "clip")
     print(f"writing a tiny Stable Diffusion to {out / 'stable-diffusion'}", flush=True)
     write_stable_diffusion(out / "stable-diffusion", presets.preset("tiny"))
-
-
-def main() -> None:
-    if not _OUT.value:
-        raise UserError("--out is missing: give a folder, e.g. --out=data/tiny")
-    jax.config.update("jax_platforms", "cpu")
-    write_all(Path(_OUT.value))
     print(
         "Wrote photos (tar shards), images (files), clip (open_clip folder) and stable-diffusion (diffusers folder) to "
         f"{_OUT.value}."

@@ -113,8 +113,13 @@ class Feedback(Task):
         self._frozen: dict[str, jax.Array] = {}
         with ThreadPoolExecutor(encode.READER_THREADS) as pool:
             self._pixels = list(pool.map(self._read, self._records))
+
+        def losses(module, own, other, keys):
+            found = module.condition_losses(dict(image=own, other=other), jax.random.wrap_key_data(keys), self.edges)
+            return jax.tree.map(jnp.transpose, found)  # [B, BINS] each.
+
         everywhere = NamedSharding(mesh, P())
-        self._losses = self.program.jitted(self._loss_step, out_shardings=everywhere)
+        self._losses = self.program.jitted(losses, out_shardings=everywhere)
         self._cosines = jax.jit(self._gradient_step, out_shardings=everywhere)
 
     def _read(self, record: int) -> np.ndarray:
@@ -129,11 +134,6 @@ class Feedback(Task):
         """Key data, one key per image; it depends only on the seed, the use and the image's number."""
         seed = jax.random.key_data(jax.random.key(self.settings.seed))
         return np.asarray(jax.random.key_data(image_keys(seed, use, jnp.asarray(numbers))))
-
-    def _loss_step(self, module, own, other, keys):
-        """What `condition_losses` returns, but [B, BINS] each."""
-        keys = jax.random.wrap_key_data(keys)
-        return jax.tree.map(jnp.transpose, module.condition_losses({"image": own, "other": other}, keys, self.edges))
 
     def _gradient_step(self, arrays, own, keys):
         """keys: key data [R, B, ...] -> (mean cosine, norms [R])."""

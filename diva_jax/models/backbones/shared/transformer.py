@@ -1,6 +1,5 @@
 """The pre-norm transformer of CLIP's and SigLIP's towers, vision and text."""
 
-import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -81,22 +80,14 @@ def embedded(tower: nnx.Module, images: Array, first: nnx.Param | None = None) -
     return x + tower.pos_embed[...].astype(tower.dtype)
 
 
-@dataclasses.dataclass(frozen=True)
-class Last:
-    """How the last block is run for dense prediction, so that patch tokens keep to their place: pairs of projections
-    whose softmax attentions are summed (none: each token attends to itself alone), whether the block's input is added
-    to the attention, and whether the MLP, with its residual, follows."""
-
-    scores: tuple[str, ...] = ("qk",)
-    residual: bool = True
-    mlp: bool = True
-
-
-VARIANTS: dict[str, Last] = {
-    "plain": Last(),
-    "maskclip": Last(()),  # arXiv 2112.01071.
-    "sclip": Last(("qq", "kk")),  # arXiv 2312.01597, equation 3.
-    "clearclip": Last(("qq",), residual=False, mlp=False),  # arXiv 2407.12442.
+# How the last block is run for dense prediction, so that patch tokens keep to their place: pairs of projections whose
+# softmax attentions are summed (none: each token attends to itself alone), whether the block's input is added to the
+# attention, and whether the MLP, with its residual, follows.
+VARIANTS: dict[str, tuple[tuple[str, ...], bool, bool]] = {
+    "plain": (("qk",), True, True),
+    "maskclip": ((), True, True),  # arXiv 2112.01071.
+    "sclip": (("qq", "kk"), True, True),  # arXiv 2312.01597, equation 3.
+    "clearclip": (("qq",), False, False),  # arXiv 2407.12442.
 }
 
 
@@ -105,15 +96,15 @@ def run_dense(stack: nnx.List, x: Array, last: str) -> Array:
     *before, block = stack
     for one in before:
         x = one(x)
-    how = VARIANTS[last]
+    scores, residual, mlp = VARIANTS[last]
     projected = dict(zip("qkv", split_qkv(block.attn.qkv(block.norm1(x)), block.attn.heads), strict=True))
     v = projected["v"]
     mixed = v.reshape(*v.shape[:-2], -1)
-    if how.scores:
-        mixed = sum(attention(projected[a], projected[b], v) for a, b in how.scores)
+    if scores:
+        mixed = sum(attention(projected[a], projected[b], v) for a, b in scores)
     y = block.attn.proj(mixed)
-    x = x + y if how.residual else y
-    return x + block.mlp(block.norm2(x)) if how.mlp else x
+    x = x + y if residual else y
+    return x + block.mlp(block.norm2(x)) if mlp else x
 
 
 def require_text(spec: Spec) -> None:
