@@ -77,14 +77,12 @@ def devices(topology: str) -> tuple[chips.Chip, tuple[int, ...], list]:
 def explain(message: str, topology: str) -> str:
     """Returns a one-sentence error message for an exception of libtpu."""
     if "lockfile" in message or "already in use" in message:
-        return (
-            "libtpu is locked by another process: if `lsof /tmp/libtpu_lockfile` shows no running process, remove "
-            "/tmp/libtpu_lockfile, otherwise end that process or set ALLOW_MULTIPLE_LIBTPU_LOAD=1"
-        )
+        stale = "if `lsof /tmp/libtpu_lockfile` shows no running process, remove /tmp/libtpu_lockfile"
+        other = "otherwise end that process or set ALLOW_MULTIPLE_LIBTPU_LOAD=1"
+        return f"libtpu is locked by another process: {stale}, {other}"
     reason = message.strip().splitlines()[0].split("INVALID_ARGUMENT: ")[-1][:200]
-    return (
-        f"--topology={topology} is not a slice that libtpu supports ({reason}): use e.g. v5e:4x4, v6e:4x4 or v5p:2x2x2"
-    )
+    problem = f"--topology={topology} is not a slice that libtpu supports ({reason})"
+    return f"{problem}: use e.g. v5e:4x4, v6e:4x4 or v5p:2x2x2"
 
 
 def with_batch(config, device_count: int, per_device: int | None):

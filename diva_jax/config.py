@@ -302,20 +302,16 @@ def validate(config: ConfigDict, devices: int) -> None:
         raise UserError("config.dtype and config.frozen_dtype are float64 only with JAX_ENABLE_X64=1 set: use float32")
     if "diffusion" in config:
         factor = Diffusion.from_dict(config.diffusion.to_dict()).vae.downscale
-        if config.data.image_size % factor:
-            raise UserError(
-                f"config.data.image_size={config.data.image_size} must be a multiple of {factor}, by which the VAE "
-                "reduces images"
-            )
+        if (size := config.data.image_size) % factor:
+            problem = f"config.data.image_size={size} must be a multiple of {factor}"
+            raise UserError(f"{problem}, by which the VAE reduces images")
     if hasattr(method, "validate"):
         method.validate(config)
     parts = devices * config.accum
     if config.batch_size % parts:
         near = max(1, round(config.batch_size / parts)) * parts
-        raise UserError(
-            f"config.batch_size={config.batch_size} cannot be divided by {devices} devices x "
-            f"{config.accum} micro-batches (config.accum): use {near}"
-        )
+        shares = f"{devices} devices x {config.accum} micro-batches (config.accum)"
+        raise UserError(f"config.batch_size={config.batch_size} cannot be divided by {shares}: use {near}")
 
 
 def check_runs(sources: Iterable[str]) -> None:

@@ -128,10 +128,8 @@ def main() -> None:
         table = check(config, workdir)
         say(f"\nfor the report of an issue: {'; '.join(table.words)}")
         if table.failed:
-            raise RunError(
-                f"{', '.join(table.failed)} failed: report the line above; config.kernels=auto leaves out the kernels "
-                "that failed, and config.kernels=xla all of them"
-            )
+            advice = "config.kernels=auto leaves out the kernels that failed, and config.kernels=xla all of them"
+            raise RunError(f"{', '.join(table.failed)} failed: report the line above; {advice}")
 
 
 if __name__ == "__main__":

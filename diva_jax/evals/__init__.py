@@ -12,7 +12,6 @@ A new task is a new module; nothing else changes. docs/EVALUATION.md describes t
 
 import abc
 import dataclasses
-import importlib
 import pkgutil
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
@@ -109,11 +108,11 @@ def short(name: str) -> str:
 
 def find(name: str):
     """Imports the module of a task: one of `names`, or a dotted path; a UserError where there is none."""
-    if name in names():
-        return importlib.import_module(f"{tasks.__name__}.{name}")
-    if "." not in name:
+    own = name in names()
+    if not own and "." not in name:
         raise UserError(f"the task {name} is not known: use {listing(names())}, or the dotted path of a module")
-    module = config_files.module(name, "--task", "give a module that is on PYTHONPATH")
+    path = f"{tasks.__name__}.{name}" if own else name
+    module = config_files.module(path, "--task", "give a module that is on PYTHONPATH")
     if not hasattr(module, "prepare"):
         raise UserError(f"the module {name} is not a task, it lacks prepare: see diva_jax/evals/__init__.py")
     return module

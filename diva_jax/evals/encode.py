@@ -52,10 +52,8 @@ def parse_readout(text: str) -> Readout:
     """Parses a readout such as `"l2(cls) + mean(l2(random 364))"`; "pooled" is "cls, l2". A UserError for others."""
     match = _READOUT.fullmatch(text)
     if not match:
-        raise UserError(
-            f"backbone.readout={text!r} cannot be read: write cls or l2(cls), then optionally + mean(TOKENS) with all, "
-            "random K, l2(all) or l2(random K) as tokens, then optionally ', l2'"
-        )
+        form = "cls or l2(cls), then optionally + mean(TOKENS) with all, random K, l2(all) or l2(random K) as tokens"
+        raise UserError(f"backbone.readout={text!r} cannot be read: write {form}, then optionally ', l2'")
     which = match["plain"] or match["normed"]
     count = None if which is None else int(which.removeprefix("random ").replace("all", "0"))
     after = bool(match["after"]) or match["cls"] == "pooled"

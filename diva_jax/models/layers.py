@@ -97,10 +97,6 @@ class Layers:
         """GroupNorm over [B, H, W, n]; `groups` divides n."""
         return GroupNorm(n, groups, epsilon=epsilon, **self._norm_kw)
 
-    def matrix(self, init: Callable, n_in: int, n_out: int) -> Matrix:
-        """[..., n_in] -> [..., n_out], without a bias."""
-        return Matrix(self.param(init, n_in, n_out), self.dtype)
-
     def embed(self, count: int, n: int) -> nnx.Embed:
         """An embedding table: integers [...] below `count` -> [..., n]."""
         return nnx.Embed(count, n, **self._kw)

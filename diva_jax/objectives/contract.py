@@ -83,11 +83,9 @@ def _checked(loss: Callable) -> Callable:
     def checked(self, batch, keys, *progress):
         found = loss(self, batch, keys, *progress)
         if problem := _problem(found):
-            code = loss.__code__
-            raise UserError(
-                f"{code.co_filename}:{code.co_firstlineno}: {problem}: return a scalar and a dict of scalars with "
-                f'"loss", such as (loss, {{"loss": loss}})'
-            )
+            where = f"{loss.__code__.co_filename}:{loss.__code__.co_firstlineno}"
+            advice = 'return a scalar and a dict of scalars with "loss", such as (loss, {"loss": loss})'
+            raise UserError(f"{where}: {problem}: {advice}")
         return found
 
     return checked

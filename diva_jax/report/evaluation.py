@@ -196,19 +196,13 @@ _MAX_NAMED_METRICS = 4
 def _collapse(before: float | None, after: float | None, cosine: float | None, who: str) -> Iterator[Finding]:
     if before and after is not None and after < MIN_SHARE_OF_EFFECTIVE_RANK * before:
         figures = f"the effective rank fell from {wording.compact(before)} to {wording.compact(after)}"
-        yield Finding(
-            "Representation collapsed",
-            f"{who}: {figures}. Different images have nearly the same embedding, so other scores of these weights "
-            "must not be read as improvements.",
-            "bad",
-        )
+        means = "other scores of these weights must not be read as improvements"
+        text = f"{who}: {figures}. Different images have nearly the same embedding, so {means}."
+        yield Finding("Representation collapsed", text, "bad")
     if cosine is not None and cosine < MIN_COSINE_TO_ORIGINAL:
-        yield Finding(
-            "Representation replaced",
-            f"{who}: the mean cosine to the original embedding is {wording.compact(cosine)}. What was built on the "
-            "original encoder (its text tower, probes, MLLMs) does not fit these weights.",
-            "bad",
-        )
+        figures = f"the mean cosine to the original embedding is {wording.compact(cosine)}"
+        means = "What was built on the original encoder (its text tower, probes, MLLMs) does not fit these weights"
+        yield Finding("Representation replaced", f"{who}: {figures}. {means}.", "bad")
 
 
 def _drift(task: Task) -> Iterator[tuple[str, Finding]]:
@@ -235,12 +229,9 @@ def _noise(label: str, intervals: Mapping[str, list[float] | None], kind: str = 
         if ends and ends[0] <= 0
     ]
     if empty:
-        yield Finding(
-            "Feedback is noise",
-            f"{label}: the interval of {' and of '.join(empty)} is not above zero: these data show no signal about the "
-            "image in what the encoder is tuned with.",
-            kind,
-        )
+        means = "these data show no signal about the image in what the encoder is tuned with"
+        text = f"{label}: the interval of {' and of '.join(empty)} is not above zero: {means}."
+        yield Finding("Feedback is noise", text, kind)
 
 
 def _comparisons(results: Results) -> Iterator[Finding]:

@@ -108,10 +108,9 @@ def read(folder: epath.PathLike) -> Inputs:
         if rows := _metrics(path / "metrics.jsonl"):
             runs.append(Run(path.name, *place, config, rows, sessions))
     if results is None and not runs:
-        raise UserError(
-            f"{folder} has neither results.json nor logged steps in metrics.jsonl: give an evaluation's output folder "
-            f"(python -m diva_jax.evaluate --out={shlex.quote(str(folder))}) or a training workdir"
-        )
+        problem = f"{folder} has neither results.json nor logged steps in metrics.jsonl"
+        command = f"python -m diva_jax.evaluate --out={shlex.quote(str(folder))}"
+        raise UserError(f"{problem}: give an evaluation's output folder ({command}) or a training workdir")
     image_rows = json_files.read(folder / "images.json", ImageRows, "write it again, or remove it", None)
     return Inputs(folder, results, runs, image_rows)
 

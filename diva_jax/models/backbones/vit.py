@@ -13,7 +13,7 @@ from diva_jax.models.backbones import OPENAI_MEAN, OPENAI_STD, Features, Spec
 from diva_jax.models.backbones.shared import open_clip_config as occ
 from diva_jax.models.backbones.shared import transformers_layout as hf
 from diva_jax.models.backbones.shared.transformer import blocks, embedded, run, run_dense
-from diva_jax.models.layers import Layers
+from diva_jax.models.layers import Layers, Matrix
 from diva_jax.models.library_config import LibraryConfig
 
 CHECKPOINT = occ.checkpoint("vit")
@@ -34,7 +34,7 @@ class Vision(nnx.Module):
         self.norm_pre = make.layer_norm(width, eps)
         self.blocks = blocks(make, spec.layers, width, spec.heads, spec.mlp_dim, spec.activation, eps)
         self.norm = make.layer_norm(width, eps)
-        self.proj = make.matrix(near_zero, width, spec.embed_dim)
+        self.proj = Matrix(make.param(near_zero, width, spec.embed_dim), dtype)
 
     def encode(self, images: jax.Array) -> Features:
         """Normalised float images [B, H, W, 3] -> tokens [B, P, D] and pooled [B, D], in `dtype`. CLIP itself projects

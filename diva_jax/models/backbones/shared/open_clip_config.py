@@ -149,15 +149,13 @@ def _to_timm(spec: Spec, known: Checkpoint) -> dict:
     differing = {n: {k for k, v in fields.items() if getattr(spec, k) != v} for n, fields in known.timm.items()}
     if (name := next((n for n, other in differing.items() if not other), None)) is None:
         if name := next((n for n, other in differing.items() if other == {"activation"}), None):
-            raise UserError(
-                f"open_clip runs {name} with activation={known.timm[name]['activation']} and has no option for "
-                f"{spec.activation}: use --format=hf, since transformers computes what was tuned"
-            )
-        raise UserError(
-            f"open_clip builds a {spec.arch} tower from timm's list, which has none of width {spec.width}, "
-            f"{spec.layers} layers, {spec.heads} heads, mlp_dim {spec.mlp_dim}, patch {spec.patch_size}, "
-            f"{spec.image_size} px, {spec.activation}: use one of {listing(list(known.timm))}"
-        )
+            problem = f"open_clip runs {name} with activation={known.timm[name]['activation']}"
+            problem += f" and has no option for {spec.activation}"
+            raise UserError(f"{problem}: use --format=hf, since transformers computes what was tuned")
+        asked = f"width {spec.width}, {spec.layers} layers, {spec.heads} heads, mlp_dim {spec.mlp_dim}"
+        asked += f", patch {spec.patch_size}, {spec.image_size} px, {spec.activation}"
+        problem = f"open_clip builds a {spec.arch} tower from timm's list, which has none of {asked}"
+        raise UserError(f"{problem}: use one of {listing(list(known.timm))}")
     vision = dict(image_size=spec.image_size, timm_model_name=name, timm_model_pretrained=False)
     vision |= {option: values[0] for option, values in known.timm_options.items()}
     bias = {"init_logit_bias": -10} if "logit_bias" in known.others else {}
