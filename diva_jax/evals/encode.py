@@ -76,19 +76,14 @@ def read_out(readout: Readout, features: Features, weights: Array | None) -> Arr
     return l2(out) if readout.l2_after else out
 
 
-def patch_weights(readout: Readout, patches: int, rows: Sequence[int], seeds: int, seed: int) -> np.ndarray | None:
-    """The weights of P patches in the mean, float32 [B, K, P], for the images of these B numbers, on which, with the
-    seed, the draws alone depend. K is `seeds` where patches are drawn, else 1; None for a readout without patches."""
-    if readout.patches is None:
-        return None
+def patch_weights(readout: Readout, patches: int, row: int, seeds: int, seed: int) -> np.ndarray:
+    """The weights of P patches in the mean, float32 [K, P], for the image of this number, on which, with the seed, the
+    draws alone depend. K is `seeds` where patches are drawn, else 1."""
     if not readout.patches:
-        return np.full((len(rows), 1, patches), 1 / patches, np.float32)
-    out = np.empty((len(rows), seeds, patches), np.float32)
-    for row, drawn in zip(rows, out, strict=True):
-        for k in range(seeds):
-            indices = np.random.default_rng((seed, k, row)).integers(0, patches, readout.patches)
-            drawn[k] = np.bincount(indices, minlength=patches) / readout.patches
-    return out
+        return np.full((1, patches), 1 / patches, np.float32)
+    drawn = [np.random.default_rng((seed, k, row)).integers(0, patches, readout.patches) for k in range(seeds)]
+    counts = np.stack([np.bincount(indices, minlength=patches) for indices in drawn])
+    return (counts / readout.patches).astype(np.float32)
 
 
 def unit(x: np.ndarray) -> np.ndarray:
@@ -189,7 +184,7 @@ class Towers:
             pixels = images.prepare(read(i), spec.image_size, spec.resize_mode, spec.interpolation)
             if len(like) == 1:
                 return (pixels,)
-            return pixels, patch_weights(readout, spec.patches, [i], seeds, self.settings.seed)[0]
+            return pixels, patch_weights(readout, spec.patches, i, seeds, self.settings.seed)
 
         out, step = [], functools.partial(self._encode_images, arrays, readout=readout)
         # A bar appears after half a minute.

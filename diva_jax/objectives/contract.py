@@ -209,6 +209,12 @@ class Objective(nnx.Module):
         """
         raise UserError(f"{type(self).__module__}: its Objective does not define loss: {_PAGE}")
 
+    def encode(self, view: jax.Array, tower: str = "vision") -> backbones.Features:
+        """What the vision tower of this name makes of normalised images, [B, S, S, 3]; the name is also that of its
+        part in profiles and in counts of FLOPs."""
+        with jax.named_scope(tower):
+            return getattr(self, tower).encode(view)
+
     def moments(self, pixels: jax.Array) -> jax.Array:
         """What a cache of latents holds, for an objective with a `latent_source` and its VAE, `vae`: the moments of the
         posterior, [B, *latent_source.shape], of images [B, S, S, 3] in [0, 1], with S of `latent_source`."""

@@ -10,7 +10,6 @@ Stage 1 trains the projector; stage 2 trains low-rank adapters of the tower. Wha
 its authors' code (boyuh/DCR at c16d885) computes; each departure from it is a field of `DcrOptions`.
 """
 
-import contextlib
 import dataclasses
 import re
 from collections.abc import Mapping
@@ -207,11 +206,6 @@ class Objective(StableDiffusionObjective):
             return view, preprocess.jittered(view, drawn)
         return view, preprocess.normalise(preprocess.jittered(pixels, drawn), *stats)
 
-    def embed(self, view: Array, dropout: Array | None) -> Array:
-        """The tower's pooled embedding, [B, d], not normalised."""
-        with adapters.dropout(dropout) if dropout is not None else contextlib.nullcontext():
-            return self.run_vision(view)
-
     def alphas_cumprod(self) -> Array:
         """As the base class's, rounded as `schedule_dtype` says."""
         abar = jnp.asarray(super().alphas_cumprod())
@@ -258,8 +252,10 @@ class Objective(StableDiffusionObjective):
         g, b = self.options.group, pixels.shape[0]
         latents = self.latents(pixels, moments, drawn.posterior)
         noisy = self.noisy(latents, drawn.noise, drawn.timesteps)
-        keys = drawn.dropout or (None, None)
-        embeddings = [self.embed(v, key) for v, key in zip(self.views(pixels, drawn.jitter), keys, strict=True)]
+        embeddings = []
+        for view, keys in zip(self.views(pixels, drawn.jitter), drawn.dropout or (None, None), strict=True):
+            with adapters.dropout(keys):
+                embeddings.append(self.encode(view).pooled)
         p, plus = (self.projector(e) for e in embeddings)
         seen = dict(latents=latents, noisy=noisy, embedding=embeddings[0], plus_embedding=embeddings[1])
         seen |= dict(context=p, context_plus=plus)

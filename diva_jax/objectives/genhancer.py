@@ -218,8 +218,7 @@ class Objective(contract.Objective):
         vec [B, 768]; txt [B, 1, 4096]; t [B]; packed, x_t, target and pred [B, N, 4z]; and dit.NAME of the denoiser's
         intermediate results})."""
         wide = jnp.promote_types(latents.dtype, jnp.float32)
-        with jax.named_scope("vision"):
-            embed = self.vision.encode(preprocess.normalise(pixels, self.spec.mean, self.spec.std)).pooled
+        embed = self.encode(preprocess.normalise(pixels, self.spec.mean, self.spec.std)).pooled
         vec, txt = self.project_clip(embed), self.project_t5(embed)[:, None]
         packed = flow.pack(latents)
         t = jax.nn.sigmoid(self.options.scale_factor * drawn.t)

@@ -239,7 +239,7 @@ class Objective(StableDiffusionObjective):
         ids, present = batch["texts"][:, :-1], found > 0
         with jax.named_scope("text"):
             texts = pairs.unit(self.text.encode(jnp.maximum(ids, 0).reshape(-1, ids.shape[-1])))
-        images = pairs.unit(self.run_vision(preprocess.backbone_view(pixels, s.image_size, s.mean, s.std, "exact")))
+        images = pairs.unit(self.encode(preprocess.backbone_view(pixels, s.image_size, s.mean, s.std, "exact")).pooled)
         texts = jax.lax.stop_gradient(texts).reshape(*found.shape, -1)  # [B, K, D]
         logits = o.logit_scale * jnp.einsum("bd,bkd->bk", images, texts, precision="highest")
         logits = jnp.where(jnp.min(ids, axis=-1) >= 0, logits, -jnp.inf)

@@ -164,12 +164,9 @@ class Objective(contract.Objective):
         """The loss of pixels [B, S, S, 3] in [0, 1] before the backbone's normalisation, and [B, S', S', 3] before
         `teacher_view`. Returns (loss, {f, f0 [B, D], g [B, D'], k_clip, k_dino [B, B], loss_clean, loss_kernel []})."""
         view = preprocess.normalise(pixels, self.spec.mean, self.spec.std)
-        with jax.named_scope("vision"):
-            f = widened(self.vision.encode(view).pooled)
-        with jax.named_scope("original"):
-            f0 = jax.lax.stop_gradient(widened(self.original.encode(view).pooled))
-        with jax.named_scope("teacher"):
-            g = jax.lax.stop_gradient(widened(self.teacher.encode(self.teacher_view(teacher_pixels)).pooled))
+        f, f0 = (widened(self.encode(view, tower).pooled) for tower in ("vision", "original"))
+        g = widened(self.encode(self.teacher_view(teacher_pixels), "teacher").pooled)
+        f0, g = jax.lax.stop_gradient((f0, g))
         k_clip, k_dino = self.kernels(f, g)
         clean = jnp.mean(jnp.sum(jnp.square(f - f0), axis=-1))
         kernel = jnp.mean(jnp.square(k_clip - k_dino))

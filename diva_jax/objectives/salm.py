@@ -198,8 +198,8 @@ class Objective(contract.Objective):
     def taught(self, pixels: Array) -> Array:
         """Pixels [B, S, S, 3] in [0, 1] -> the frozen teacher's patch tokens, [B, P, D']."""
         spec = self.taught_by
-        with jax.named_scope("teacher"):
-            return self.teacher.encode(preprocess.backbone_view(pixels, spec.image_size, spec.mean, spec.std)).tokens
+        view = preprocess.backbone_view(pixels, spec.image_size, spec.mean, spec.std)
+        return self.encode(view, "teacher").tokens
 
     def masked(self, keys: Array) -> Array:
         """Which patches are masked, bool [B, P]: the same number of each image, from one key per image."""
@@ -216,10 +216,7 @@ class Objective(contract.Objective):
         """The terms of the loss without their weights, [], of normalised images [B, S, S, 3], which patches are masked,
         bool [B, P], the frozen teacher's tokens, [B, P, D'], None with teacher=self, and the objective with the moving
         average of its parameters."""
-        with jax.named_scope("vision"):
-            ours = self.vision.encode(view)
-        with jax.named_scope("original"):
-            before = self.original.encode(view)
+        ours, before = self.encode(view), self.encode(view, "original")
         f, f0 = (widened(jnp.concatenate([x.pooled[:, None], x.tokens], axis=1)) for x in (ours, before))
         found = {"preserve": jnp.mean(jnp.square(f - f0)), "uniformity": uniformity(f[:, 0])}
         if taught is not None:

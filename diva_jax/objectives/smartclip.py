@@ -137,8 +137,7 @@ class Objective(contract.Objective):
     def forward(self, view: Array, ids: Array) -> tuple[Array, dict[str, Array]]:
         """The loss of normalised images [B, S, S, 3] and token ids, int32 [B, N], and everything on the way to it.
         Returns (loss, {images, texts, masks [B, D], logits [B, B], same_image, same_mask, selected []})."""
-        with jax.named_scope("vision"):
-            images = self.vision.encode(view).pooled
+        images = self.encode(view).pooled
         with jax.named_scope("text"):
             states = self.text.states(ids)
             texts = self.text.embed(states, ids)

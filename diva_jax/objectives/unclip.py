@@ -158,7 +158,7 @@ class Objective(StableDiffusionObjective):
 
     def embed(self, view: Array) -> Array:
         """Backbone view -> the image embedding e, [B, d], float32 or wider."""
-        return widened(self.run_vision(view))
+        return widened(self.encode(view).pooled)
 
     def class_labels(self, embed: Array, drawn: UnclipDraws) -> Array:
         """c = [e', code(level)], [B, 2 d], of embeddings e, [B, d]. With mean m and standard deviation s of embeddings,

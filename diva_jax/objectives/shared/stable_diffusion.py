@@ -169,11 +169,6 @@ class StableDiffusionObjective(contract.Objective):
         with jax.named_scope("unet"):
             return self.unet(noisy, timesteps, context, *labels)
 
-    def run_vision(self, view: Array) -> Array:
-        """The tower's pooled embedding of normalised images, [B, D]."""
-        with jax.named_scope("vision"):
-            return self.vision.encode(view).pooled
-
     def draw_for(self, batch: Mapping[str, Array], keys: Array):
         """(pixels [B, S, S, 3] in [0, 1], random numbers of the images) of a batch, from one key per image, [B]."""
         return preprocess.to_float(batch["image"]), self.draw(keys, self.latent_source.latents_shape)

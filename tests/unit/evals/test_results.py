@@ -279,7 +279,8 @@ def test_published_readouts(tag):
     assert parsed.patches == counts.get(tag, 0 if "metaclip" in tag else None)
     p, d, rows, seeds = 30, 7, [5, 11], 4
     features = Features(tokens=rng.standard_normal((2, p, d)) * 3, pooled=rng.standard_normal((2, d)) * 2)
-    weights = encode.patch_weights(parsed, p, rows, seeds, seed=9)
+    of_rows = [encode.patch_weights(parsed, p, row, seeds, seed=9) for row in rows]
+    weights = None if parsed.patches is None else np.stack(of_rows)
     got = np.asarray(encode.read_out(parsed, features, weights))
     assert got.shape == (2, seeds if tag in counts else 1, d)
     for b, row in enumerate(rows):
