@@ -18,8 +18,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import NamedSharding, PartitionSpec as P
 
 IMAGES = 8  # Per chip; the milliseconds are for so many.
 
@@ -80,8 +79,7 @@ def main() -> None:
         # libtpu reads this when it is loaded.
         os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
         jax.config.update("jax_platforms", "cpu")
-        from diva_jax import aot
-        from diva_jax import config as configs
+        from diva_jax import aot, config as configs
         from diva_jax.costs import hlo
         from diva_jax.models import kernels
         from diva_jax.training import partition

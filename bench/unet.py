@@ -16,11 +16,9 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import NamedSharding, PartitionSpec as P
 
-from diva_jax import aot
-from diva_jax import config as configs
+from diva_jax import aot, config as configs
 from diva_jax.costs import chips, hlo
 from diva_jax.models import platform
 from diva_jax.models.backbones.shared.transformer import Block

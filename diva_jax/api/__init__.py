@@ -12,8 +12,7 @@ from ml_collections import ConfigDict
 
 from diva_jax import config as configs
 from diva_jax.api.encoder import Encoder, ImageLike, as_image, chosen, mapping, named
-from diva_jax.common import config_files, paths
-from diva_jax.common import fields as declarations
+from diva_jax.common import config_files, fields as declarations, paths
 from diva_jax.common.errors import UserError, brief, explained, listing
 from diva_jax.data.images import sample_box
 from diva_jax.data.inputs import Example

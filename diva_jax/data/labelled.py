@@ -11,8 +11,7 @@ from PIL import Image
 
 from diva_jax.common import json_files
 from diva_jax.common.errors import UserError, brief, explained, listing
-from diva_jax.data import files
-from diva_jax.data import tars as shards
+from diva_jax.data import files, tars as shards
 from diva_jax.data.images import open_image, read_file
 from diva_jax.data.sources import MAX_CAPTION_BYTES, TfdsSource
 

@@ -7,8 +7,7 @@ import re
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from concurrent.futures import TimeoutError as Late
+from concurrent.futures import Future, ThreadPoolExecutor, TimeoutError as Late
 from typing import NamedTuple
 
 import jax
@@ -17,8 +16,7 @@ import numpy as np
 from etils import epath
 from flax import nnx
 from jax.extend import core
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from PIL import Image
 
 from diva_jax.costs import chips, hlo

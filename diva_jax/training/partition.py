@@ -15,8 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.experimental import mesh_utils
 from jax.extend import core
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
 from diva_jax.common.errors import UserError, listing
 from diva_jax.common.fields import is_regex

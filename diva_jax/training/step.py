@@ -16,8 +16,7 @@ import numpy as np
 import optax
 from etils import epath
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
 from diva_jax import objectives
 from diva_jax.common import log

@@ -19,8 +19,7 @@ from open_clip.tokenizer import HFTokenizer, SimpleTokenizer, default_bpe
 from PIL import Image
 from places import TESTS
 from torch_models import write_siglip_tokenizer
-from torchvision.transforms import InterpolationMode, RandomResizedCrop
-from torchvision.transforms import functional as TF
+from torchvision.transforms import InterpolationMode, RandomResizedCrop, functional as TF
 from transformers import CLIPTokenizer
 
 from diva_jax.data import images, preprocess, tokenizers

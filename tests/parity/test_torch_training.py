@@ -13,8 +13,17 @@ from helpers import within
 from open_clip.transformer import QuickGELU, ResidualAttentionBlock
 from torch.nn.functional import cross_entropy, normalize, scaled_dot_product_attention
 from torch_models import torch_features, torch_model, torch_tower
-from torch_objectives import Generator, column, compare_steps, part_tensors, pixels, random_program, resized, to_torch
-from torch_objectives import tower as tower_of
+from torch_objectives import (
+    Generator,
+    column,
+    compare_steps,
+    part_tensors,
+    pixels,
+    random_program,
+    resized,
+    to_torch,
+    tower as tower_of,
+)
 
 from diva_jax import config
 from diva_jax.models import backbones

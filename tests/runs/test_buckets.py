@@ -21,8 +21,7 @@ import pytest
 from etils import epath
 from gcp_storage_emulator.exceptions import NotFound
 from helpers import failed, refused
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import NamedSharding, PartitionSpec as P
 from processes import ROTATIONS, STEPS, finish, start_all
 
 from diva_jax import config, report

@@ -7,8 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from specs import DINOV2_REG
-from specs import TRAINED as SPEC
+from specs import DINOV2_REG, TRAINED as SPEC
 
 from diva_jax import config
 from diva_jax.models.backbones import HALF, TextSpec

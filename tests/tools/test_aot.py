@@ -12,8 +12,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 from helpers import failed, refused
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import NamedSharding, PartitionSpec as P
 from packaging.requirements import Requirement
 from places import ROOT
 

@@ -14,8 +14,7 @@ from helpers import refused
 from ml_collections import ConfigDict
 from places import ROOT
 
-from diva_jax import __main__ as listing
-from diva_jax import config, objectives
+from diva_jax import __main__ as listing, config, objectives
 from diva_jax.common import errors, fields
 from diva_jax.common.fields import field
 

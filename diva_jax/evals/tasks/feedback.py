@@ -18,8 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import NamedSharding, PartitionSpec as P
 from ml_collections import ConfigDict
 
 from diva_jax.common.errors import UserError, explained, listing

@@ -13,8 +13,7 @@ from flax import nnx
 
 from diva_jax.common.errors import UserError
 from diva_jax.models.backbones import IMAGENET_MEAN, IMAGENET_STD, NO_TEXT, Features, Spec
-from diva_jax.models.backbones.shared import open_clip_config as occ
-from diva_jax.models.backbones.shared import transformers_layout as hf
+from diva_jax.models.backbones.shared import open_clip_config as occ, transformers_layout as hf
 from diva_jax.models.backbones.shared.transformer import Attention, Mlp, embedded, run
 from diva_jax.models.layers import Layers
 from diva_jax.models.names import tensor_shape

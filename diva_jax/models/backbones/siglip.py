@@ -13,8 +13,7 @@ from flax import nnx
 
 from diva_jax.common.errors import UserError
 from diva_jax.models.backbones import HALF, Features, Spec
-from diva_jax.models.backbones.shared import open_clip_config as occ
-from diva_jax.models.backbones.shared import transformers_layout as hf
+from diva_jax.models.backbones.shared import open_clip_config as occ, transformers_layout as hf
 from diva_jax.models.backbones.shared.transformer import Mlp, blocks, embedded, run, run_dense
 from diva_jax.models.layers import Layers, attention, heads
 

@@ -10,8 +10,7 @@ from flax import nnx
 from diva_jax.common.errors import UserError, brief
 from diva_jax.common.fields import between
 from diva_jax.models.backbones import OPENAI_MEAN, OPENAI_STD, Features, Spec
-from diva_jax.models.backbones.shared import open_clip_config as occ
-from diva_jax.models.backbones.shared import transformers_layout as hf
+from diva_jax.models.backbones.shared import open_clip_config as occ, transformers_layout as hf
 from diva_jax.models.backbones.shared.transformer import blocks, embedded, run, run_dense
 from diva_jax.models.layers import Layers, Matrix
 from diva_jax.models.library_config import LibraryConfig

@@ -17,8 +17,7 @@ from helpers import abstract_mesh, close, randomise, refused, tensors
 from places import TESTS
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from diva_jax.models.diffusion import schedule, unet
-from diva_jax.models.diffusion import vae as vaes
+from diva_jax.models.diffusion import schedule, unet, vae as vaes
 from diva_jax.models.diffusion.presets import PRESETS
 from diva_jax.models.diffusion.schedule import ScheduleConfig
 from diva_jax.models.diffusion.text_encoder import TextEncoder, TextEncoderConfig

@@ -16,8 +16,7 @@ from helpers import close, refused
 from specs import CLIP_FOLDER, DINOV2
 from torch_models import equal, written_by_open_clip
 
-from diva_jax import config as configs
-from diva_jax import demo, weights
+from diva_jax import config as configs, demo, weights
 from diva_jax.data import images
 from diva_jax.data.preprocess import normalise, to_float
 from diva_jax.evals import Settings, encode

@@ -11,9 +11,17 @@ import timm
 from helpers import close, refused, tensors
 from PIL import Image
 from places import ROOT
-from specs import CLIP_FOLDER as CLIP
-from specs import DINOV2, DINOV2_REG, DINOV2_SWIGLU, EVA02, H14, METACLIP2_FOLDER, SIGLIP2_FOLDER
-from specs import SIGLIP_FOLDER as SIGLIP
+from specs import (
+    CLIP_FOLDER as CLIP,
+    DINOV2,
+    DINOV2_REG,
+    DINOV2_SWIGLU,
+    EVA02,
+    H14,
+    METACLIP2_FOLDER,
+    SIGLIP2_FOLDER,
+    SIGLIP_FOLDER as SIGLIP,
+)
 from torch_models import equal, torch_model, torch_tower, transformers_folder, written_by_open_clip
 
 from diva_jax.common.errors import RunError

@@ -14,8 +14,15 @@ from flax import nnx
 from helpers import close, refused
 from PIL import Image
 from places import TESTS
-from specs import CLIP_FOLDER as CLIP
-from specs import DINOV2, DINOV2_REG, DINOV2_SWIGLU, METACLIP2_FOLDER, SIGLIP2_FOLDER, SIGLIP_FOLDER
+from specs import (
+    CLIP_FOLDER as CLIP,
+    DINOV2,
+    DINOV2_REG,
+    DINOV2_SWIGLU,
+    METACLIP2_FOLDER,
+    SIGLIP2_FOLDER,
+    SIGLIP_FOLDER,
+)
 from torch_models import transformers_folder, written_by_open_clip
 
 import diva_jax

@@ -13,9 +13,7 @@ import torch
 from flax import nnx
 from helpers import close, randomise, refused
 from safetensors.torch import save_file
-from specs import CLIP_FOLDER as CLIP
-from specs import DINOV2, EVA02, OPENAI
-from specs import SIGLIP_FOLDER as SIGLIP
+from specs import CLIP_FOLDER as CLIP, DINOV2, EVA02, OPENAI, SIGLIP_FOLDER as SIGLIP
 from torch_models import torch_model, torch_tower, written_by_open_clip
 
 from diva_jax import weights

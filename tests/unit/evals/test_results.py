@@ -17,8 +17,7 @@ from eval_data import eval_config, patch, unit
 from helpers import failed, refused
 from ml_collections import ConfigDict
 from places import ROOT
-from specs import EVAL_CLIP as CLIP
-from specs import EVAL_SIGLIP as SIGLIP
+from specs import EVAL_CLIP as CLIP, EVAL_SIGLIP as SIGLIP
 
 from diva_jax import config, evals
 from diva_jax.common import results_schema

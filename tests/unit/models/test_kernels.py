@@ -8,12 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import abstract_mesh, close, within
-from helpers import abstract_mesh as mesh
+from helpers import abstract_mesh, abstract_mesh as mesh, close, within
 from jax.sharding import PartitionSpec as P
 
-from diva_jax.models import attention, platform
-from diva_jax.models import kernels as pallas
+from diva_jax.models import attention, kernels as pallas, platform
 from diva_jax.models.diffusion import blocks
 from diva_jax.models.diffusion.blocks import FeedForward
 from diva_jax.models.layers import Layers

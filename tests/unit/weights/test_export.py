@@ -11,8 +11,7 @@ import pytest
 import report_samples as samples
 from helpers import failed, refused
 from huggingface_hub import ModelCard
-from specs import CLIP_FOLDER, EVAL_CLIP
-from specs import CLIP_FOLDER as CLIP
+from specs import CLIP_FOLDER, CLIP_FOLDER as CLIP, EVAL_CLIP
 from transformers import AutoTokenizer
 
 from diva_jax import demo

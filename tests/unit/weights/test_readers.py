@@ -17,8 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from places import ROOT
 from specs import DINOV2, QUICK
 
-from diva_jax import config as configs
-from diva_jax import demo, weights
+from diva_jax import config as configs, demo, weights
 from diva_jax.common import fields
 from diva_jax.common.errors import UserError
 from diva_jax.models.backbones import Spec, build, spec_of
