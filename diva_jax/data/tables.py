@@ -294,7 +294,7 @@ def open_tables(
     parts = []
     for file in paths:
         problem = f"config.data.path: {file} cannot be read as {kind}"
-        with explained(problem, "write it again", OSError, pa.ArrowException):
+        with explained(problem, "write it again", OSError, UnicodeError, pa.ArrowException):
             parts.append(opens[kind](file, options))
     without = [part.path for part in parts if not part.columns[1]]
     if 0 < len(without) < len(parts):

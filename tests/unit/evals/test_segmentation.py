@@ -5,6 +5,7 @@ import io
 
 import numpy as np
 import pytest
+import trees
 from eval_data import FakeModel, eval_config, evaluated, patch, prepared, unit, write_image
 from helpers import refused
 from PIL import Image
@@ -25,61 +26,47 @@ def save_labels(path, labels, mode="L"):
     image.save(path)
 
 
-def labels_of(i, top, ignored=255):
-    """Rectangles of values 0..top, some ignored."""
+def labels_of(i, values, ignored=255):
+    """Rectangles of these values, some ignored."""
     w, h = patch(i).size
-    rng = np.random.default_rng(i)
-    out = rng.integers(0, top + 1, (3, 4)).repeat(-(-h // 3), axis=0).repeat(-(-w // 4), axis=1)[:h, :w].copy()
+    drawn = np.random.default_rng(i).choice(values, (3, 4))
+    out = drawn.repeat(-(-h // 3), axis=0).repeat(-(-w // 4), axis=1)[:h, :w].copy()
     out[:3] = ignored
     return out
-
-
-def write_set(root, image, label, labels, mode="L"):
-    for i in range(COUNT):
-        write_image(root / image.format(i), i)
-        save_labels(root / label.format(i), labels(i), mode)
-    return root
-
-
-def write_voc(root, suffix="", classes=20):
-    """PASCAL's layout; `suffix` is that of its two folders' names."""
-    lists, label = root / "ImageSets" / f"Segmentation{suffix}", f"SegmentationClass{suffix}/2007_{{:06d}}.png"
-    lists.mkdir(parents=True)
-    (lists / "val.txt").write_text("\n".join(f"2007_{i:06d}" for i in range(COUNT)))
-    return write_set(root, "JPEGImages/2007_{:06d}.jpg", label, lambda i: labels_of(i, classes), "P")
-
-
-def write_ade(root):
-    lines = ["Idx\tRatio\tTrain\tVal\tName"] + [f"{i}\t0.1\t9\t9\tthing {i}, other {i}" for i in range(1, 151)]
-    (root / "objectInfo150.txt").write_text("\n".join(lines))
-    image, label = "images/validation/ADE_val_{}.jpg", "annotations/validation/ADE_val_{}.png"
-    return write_set(root, image, label, lambda i: labels_of(i, 150, ignored=0))
-
-
-def write_cityscapes(root):
-    image, label = "leftImg8bit/val/ulm/ulm_{}_0_leftImg8bit.png", "gtFine/val/ulm/ulm_{}_0_gtFine_labelTrainIds.png"
-    return write_set(root, image, label, lambda i: labels_of(i, 18))
-
-
-def write_coco(root, suffix, values):
-    raw, label = np.array([*values, *[255] * (256 - len(values))]), "annotations/val2017/{:012d}" + suffix
-    return write_set(root, "images/val2017/{:012d}.jpg", label, lambda i: raw[labels_of(i, len(values) - 1)])
 
 
 # Numbers of COCO's classes that COCO-Stuff does not use; a pixel's value is the class's number less one.
 UNUSED = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83, 91)
 STUFF = [n - 1 for n in range(1, 183) if n not in UNUSED]
-# Set -> (what writes it, what a pixel's value says: the class, or a negative number where it is ignored).
+VOC = ("JPEGImages/2007_{:06d}.jpg", "SegmentationClass/2007_{:06d}.png", range(21), 255)
+CONTEXT = (VOC[0], "SegmentationClassContext/2007_{:06d}.png", range(60), 255)
+ADE = ("images/validation/ADE_val_{}.jpg", "annotations/validation/ADE_val_{}.png", range(151), 0)
+CITY = ("leftImg8bit/val/ulm/ulm_{}_0_leftImg8bit.png", "gtFine/val/ulm/ulm_{}_0_gtFine_labelTrainIds.png")
+COCO = ("images/val2017/{:012d}.jpg", "annotations/val2017/{:012d}")
+# Set -> (names of an image and its labels, their values, the ignored one, what a value says: a class, or less than 0).
 LAYOUTS = {
-    "voc20": (write_voc, lambda v: v - 1),
-    "voc21": (write_voc, lambda v: v),
-    "context59": (lambda root: write_voc(root, "Context", 59), lambda v: v - 1),
-    "context60": (lambda root: write_voc(root, "Context", 59), lambda v: v),
-    "ade20k": (write_ade, lambda v: v - 1),
-    "coco_object": (lambda root: write_coco(root, "_instanceTrainIds.png", range(81)), lambda v: v),
-    "coco_stuff": (lambda root: write_coco(root, ".png", STUFF), lambda v: v - sum(n - 1 < v for n in UNUSED)),
-    "cityscapes": (write_cityscapes, lambda v: v),
+    "voc20": (*VOC, lambda v: v - 1),
+    "voc21": (*VOC, lambda v: v),
+    "context59": (*CONTEXT, lambda v: v - 1),
+    "context60": (*CONTEXT, lambda v: v),
+    "ade20k": (*ADE, lambda v: v - 1),
+    "coco_object": (COCO[0], COCO[1] + "_instanceTrainIds.png", range(81), 255, lambda v: v),
+    "coco_stuff": (COCO[0], COCO[1] + ".png", STUFF, 255, lambda v: v - sum(n - 1 < v for n in UNUSED)),
+    "cityscapes": (*CITY, range(19), 255, lambda v: v),
 }
+
+
+def write(root, name):
+    """Writes a set, with the lists of PASCAL's and the names of ADE20K's classes."""
+    image, label, values, ignored, _ = LAYOUTS[name]
+    for i in range(COUNT):
+        write_image(root / image.format(i), i)
+        save_labels(root / label.format(i), labels_of(i, values, ignored), "P" if "Class" in label else "L")
+    listed, lines = "\n".join(f"2007_{i:06d}" for i in range(COUNT)), ["Idx\tRatio\tTrain\tVal\tName"]
+    lines += [f"{i}\t0.1\t9\t9\tthing {i}, other {i}" for i in range(1, 151)]
+    lists = {f"ImageSets/Segmentation{kind}/val.txt": listed for kind in ("", "Context")}
+    trees.change(root, lists | {"objectInfo150.txt": "\n".join(lines)})
+    return root
 
 
 def prepare(path, bind=True, **options):
@@ -98,8 +85,8 @@ class Dense(FakeModel):
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_layouts_and_miou(tmp_path, name):
-    write, said = LAYOUTS[name]
-    task = prepare(f"{name}={write(tmp_path)}")
+    said = LAYOUTS[name][-1]
+    task = prepare(f"{name}={write(tmp_path, name)}")
     assert task.count == COUNT and len(task.names) == segmentation.SETS[name].classes
     model, found, _ = evaluated(task, Dense)
     assert model.last == "sclip" and all(w.shape == (42, 42, 3) for w in model.windows)
@@ -149,7 +136,7 @@ def test_class_lists_and_names_from_a_file(tmp_path):
     assert context.names.index("potted plant") == 39
     for found in segmentation.SETS.values():
         assert len(found.values) == found.classes and not set(found.values) & set(found.ignored)
-    write_voc(tmp_path / "voc")
+    write(tmp_path / "voc", "voc20")
     path = tmp_path / "names.txt"
     path.write_text("\n".join(["thing, any thing", *(f"c{i}" for i in range(19))]))
     task = prepare(f"voc20={tmp_path}/voc", classes=str(path))
@@ -174,15 +161,15 @@ def test_synonyms_background_and_the_interval_of_ratios():
 
 
 def test_wrong_labels_and_towers_without_texts_are_refused(tmp_path):
-    root = write_voc(tmp_path)
-    label, wrong = root / "SegmentationClass" / "2007_000001.png", labels_of(1, 20)
+    root = write(tmp_path, "voc21")
+    label, wrong = root / "SegmentationClass" / "2007_000001.png", labels_of(1, range(21))
     wrong[9, 9] = 77
     for content, says in ((wrong, "has the unknown label 77"), (wrong[1:], "has the size")):
         save_labels(label, content)
         refused(f"2007_000001.png {says}", prepare, f"voc21={root}")
     Image.fromarray(np.zeros((*wrong.shape, 3), np.uint8)).save(label)
     refused("has the mode RGB", prepare, f"voc21={root}")
-    save_labels(label, labels_of(1, 20))
+    save_labels(label, labels_of(1, range(21)))
     config = eval_config(CLIP, "x")
     config.backbone.arch = "dinov2"
     says = "segmentation needs patch tokens in the text's space"

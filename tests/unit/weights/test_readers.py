@@ -27,10 +27,6 @@ from diva_jax.models.layers import abstract
 from diva_jax.weights import formats, names, origins
 
 
-def read_all(path):
-    return {n: np.asarray(t) for n, t in formats.open_file(path).items()}
-
-
 def test_missing_shards_and_the_fingerprint_of_contents_and_order(tmp_path):
     index = {"weight_map": {"a": "m-00001-of-00002.safetensors", "b": "m-00002-of-00002.safetensors"}}
     (tmp_path / "m.safetensors.index.json").write_text(json.dumps(index))
