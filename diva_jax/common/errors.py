@@ -49,7 +49,7 @@ def explained(problem: str, advice: str, *types: type[Exception], kind: type[Exc
         if not isinstance(e, types or OSError) or (isinstance(e, _Message) and UserError not in types):
             raise
         plain = type(e) is OSError or getattr(e, "errno", None) or isinstance(e, ValueError | UserError)
-        said = " ".join(str(e).split())[:300] if plain else ""
+        said = getattr(e, "strerror", None) or (" ".join(str(e).split())[:300] if plain else "")
         raise kind(f"{problem} ({said or reason(e)}): {advice}") from e
 
 

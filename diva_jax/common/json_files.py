@@ -9,7 +9,7 @@ import pydantic
 from etils import epath
 
 from diva_jax.common import paths
-from diva_jax.common.errors import UserError, brief, printable
+from diva_jax.common.errors import UserError, brief, explained, printable
 
 # Content of JSON needs up to thirty times the memory of its text.
 MAX_BYTES = 2**26
@@ -52,15 +52,13 @@ def read(path: str | os.PathLike, form: Any, repair: str, missing: Any = ...) ->
 def read_bytes(path: str | os.PathLike, most: int = MAX_BYTES) -> bytes:
     """The content of a file, also in a bucket; a UserError where it cannot be read, or has more than `most` bytes."""
     remote = paths.is_remote(path)
-    try:
-        with epath.Path(path).open("rb") if remote else open(path, "rb", opener=open_regular) as file:
-            content = file.read(most + 1)
-    except Exception as e:
-        if not remote and not isinstance(e, OSError | ValueError):  # Stores have errors of their own.
-            raise
-        why = getattr(e, "strerror", None) or (paths.reason(e) if remote else e)
-        first = "whether the bucket can be reached, " if remote else ""
-        raise UserError(f"{path} cannot be read ({why}): check {first}the file and its permissions") from e
+    first = "whether the bucket can be reached, " if remote else ""
+    kinds = (Exception,) if remote else (OSError, ValueError)  # Stores have errors of their own.
+    with (
+        explained(f"{path} cannot be read", f"check {first}the file and its permissions", *kinds),
+        epath.Path(path).open("rb") if remote else open(path, "rb", opener=open_regular) as file,
+    ):
+        content = file.read(most + 1)
     if len(content) > most:
         raise UserError(f"{path} has more than the {most} bytes that are read: give a smaller file")
     return content

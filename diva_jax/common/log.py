@@ -4,6 +4,7 @@ import contextlib
 import datetime
 import functools
 import importlib.metadata
+import logging
 import platform
 import sys
 import threading
@@ -37,6 +38,12 @@ def say(*parts) -> None:
         _file.writelines(lines)
     elif len(_early) < _MAX_EARLY_LINES:
         _early.extend(lines)
+
+
+def warn(message: str, *values) -> None:
+    """Logs a warning, as `logging` does, on process 0."""
+    if jax.process_index() == 0:
+        logging.getLogger(__name__).warning(message, *values)
 
 
 @functools.cache

@@ -7,7 +7,6 @@ import glob
 import io
 import itertools
 import json
-import logging
 import math
 import os
 import posixpath
@@ -19,7 +18,7 @@ from typing import TypeVar
 import braceexpand
 import fsspec
 
-from diva_jax.common import json_files
+from diva_jax.common import json_files, log
 from diva_jax.common.errors import UserError, brief, explained, listing
 from diva_jax.common.paths import demo_hint, is_remote
 
@@ -28,7 +27,6 @@ MAX_IMAGE_BYTES = 2**28
 _MAX_EXPANDED = 1_000_000
 # A longer text is no path on any machine.
 _MAX_PATH = 4096
-logger = logging.getLogger(__name__)
 T = TypeVar("T")
 # A key and its extension, one or several parts that each begin with a letter: `0.input.jpg` is `input.jpg` of `0`, but
 # `frame.0001.jpg` is `jpg` of `frame.0001`.
@@ -219,7 +217,7 @@ def find(path: str) -> tuple[str, list[str]]:
         kinds = ("images", "csv", "jsonl", _PACKED) if kind in ("tars", "images") else (_PACKED,)
         missed = {k: by_kind[k] for k in kinds if k in by_kind and k != kind}
         for what, left in missed.items():
-            logger.warning("%s: %d %s beside the %s are not read (%s)", path, len(left), what, kind, listing(left, 2))
+            log.warn("%s: %d %s beside the %s are not read (%s)", path, len(left), what, kind, listing(left, 2))
         return kind, by_kind[kind] + (by_kind.get(UNREAD, []) if kind == "images" else [])
     raise UserError(
         f"config.data.path={path!r} has neither .tar shards nor images ({', '.join(IMAGE_SUFFIXES)}) nor tables "
@@ -274,16 +272,15 @@ def say_left_out(where: str, others: tuple[int, list[str]], unread: tuple[int, l
         (unread, UNREAD, "convert them to JPEG or PNG"),
     ):
         if count:
-            logger.warning("%s: %d %s are not read (such as %s): %s", where, count, what, listing(some), rule)
+            log.warn("%s: %d %s are not read (such as %s): %s", where, count, what, listing(some), rule)
 
 
-def one_image_each(paths: Sequence[str], where: str, quiet: bool = False) -> list[str]:
+def one_image_each(paths: Sequence[str], where: str) -> list[str]:
     """The image of each sample among files, in the order of the files; what is left out is logged."""
     images = [p for p in paths if kind_of(p) == "images"]
     kept = {sample[images_of(sample)[0]] for sample in group(zip(images, images, strict=True), where).values()}
-    if not quiet:
-        others, unread = [p for p in images if p not in kept], [p for p in paths if kind_of(p) == UNREAD]
-        say_left_out(where, left_out(others), left_out(unread))
+    others, unread = [p for p in images if p not in kept], [p for p in paths if kind_of(p) == UNREAD]
+    say_left_out(where, left_out(others), left_out(unread))
     return [p for p in images if p in kept]
 
 

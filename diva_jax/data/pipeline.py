@@ -142,9 +142,9 @@ def shuffled(records: int, seed: int) -> grain.MapDataset:
     return order
 
 
-def open_records(config, inputs: Mapping[str, Input], index: str | None = None, quiet: bool = False) -> Source:
+def open_records(config, inputs: Mapping[str, Input], index: str | None = None) -> Source:
     """The records of `config.data`, see `sources.open_source`; a UserError where captions are needed and missing."""
-    source = sources.open_source(config.path, index, quiet=quiet, allow_urls=config.allow_urls)
+    source = sources.open_source(config.path, index, allow_urls=config.allow_urls)
     readers = [name for name, i in inputs.items() if i.needs_text]
     if readers and not source.has_text:
         raise UserError(
@@ -187,7 +187,7 @@ class Batches:
             raise UserError(f"{problem}: use a multiple")
         if "row" in inputs:
             raise UserError("an input cannot be called 'row', which is the examples' row in the batch: rename it")
-        source = open_records(config, inputs, str(cache_dir) if cache_dir else None, quiet=process_index != 0)
+        source = open_records(config, inputs, str(cache_dir) if cache_dir else None)
         choices = list(dict.fromkeys(i.alternatives for i in inputs.values() if hasattr(i, "alternatives")))
         for choice in choices:
             why = ""

@@ -145,8 +145,8 @@ class FolderSource(CaptionFiles):
     """Image files, local or remote, each one record, named relative to `root`; of each sample, one image is used (see
     `files.images_of`). Its caption is the `.txt` file of its sample, or else in the `.json` file."""
 
-    def __init__(self, paths: Sequence[str], root: str = "", quiet: bool = False):
-        self._paths = files.one_image_each(paths, "config.data.path", quiet)
+    def __init__(self, paths: Sequence[str], root: str = ""):
+        self._paths = files.one_image_each(paths, "config.data.path")
         self._cut = len(root.rstrip("/")) + 1 if root and paths[0].startswith(root) else 0
 
     def __len__(self) -> int:
@@ -290,7 +290,7 @@ class MixtureSource:
         return part.texts(record) if hasattr(part, "texts") else part.read(record).texts
 
 
-def _mixture(path: str, quiet: bool, **kw) -> MixtureSource:
+def _mixture(path: str, **kw) -> MixtureSource:
     """`mix:2=a.csv;1=b/*.tar`: two thirds of the records are those of a.csv."""
     entries = [entry.strip() for entry in path.removeprefix(_MIXTURE).split(";") if entry.strip()]
     matches = [_WEIGHTED.fullmatch(entry) for entry in entries]
@@ -302,15 +302,15 @@ def _mixture(path: str, quiet: bool, **kw) -> MixtureSource:
     weights, paths = [Fraction(m[1]) for m in matches], [m[2].strip() for m in matches]
     if nested := [p for p in paths if p.startswith(_MIXTURE)]:
         raise UserError(f"config.data.path={path!r}: {nested[0]!r} is a mixture in a mixture: write its parts instead")
-    parts = [open_source(p, quiet=quiet, **kw) for p in paths]
+    parts = [open_source(p, **kw) for p in paths]
     source = MixtureSource(parts, [w / sum(weights) for w in weights], path)
-    for name, part, count in zip(paths, parts, source.counts, strict=True) if not quiet else ():
+    for name, part, count in zip(paths, parts, source.counts, strict=True):
         share, times = count / len(source), count / len(part)
         say(f"{name}: {share:.1%} of the images: {len(part):,}, each {times:.3g} times per epoch")
     return source
 
 
-def open_source(path: str, cache_dir: str | None = None, quiet: bool = False, allow_urls: bool = False) -> Source:
+def open_source(path: str, cache_dir: str | None = None, allow_urls: bool = False) -> Source:
     """Opens a data path; local files, or those of a scheme (gs://...). A UserError where nothing that can be read is
     there.
 
@@ -321,12 +321,11 @@ def open_source(path: str, cache_dir: str | None = None, quiet: bool = False, al
     - `module:DOTTED.PATH?OPTIONS`: what `open_source(OPTIONS)` of that module returns, a `Source` of your own.
     - `tfds:name/split`, see `TfdsSource`; `mix:WEIGHT=PATH;WEIGHT=PATH` of any of these, see `MixtureSource`.
 
-    The index of tar shards is kept in `cache_dir`, if any. `quiet` reports neither progress nor what is left out.
-    `allow_urls` is `config.data.allow_urls`.
+    The index of tar shards is kept in `cache_dir`, if any. `allow_urls` is `config.data.allow_urls`.
     """
     path = path or ""
     if path.startswith(_MIXTURE):
-        return _mixture(path, quiet, cache_dir=cache_dir, allow_urls=allow_urls)
+        return _mixture(path, cache_dir=cache_dir, allow_urls=allow_urls)
     if path.startswith(_MODULE):
         name, _, options = path.removeprefix(_MODULE).partition("?")
         wanted = "give module:NAME of one on PYTHONPATH that defines open_source(options)"
@@ -350,12 +349,12 @@ def open_source(path: str, cache_dir: str | None = None, quiet: bool = False, al
         if kind not in ("tars", "images"):
             from diva_jax.data.tables import open_tables  # Here, because pyarrow takes 50 ms to import.
 
-            return open_tables(kind, paths, path, options, quiet, allow_urls)
+            return open_tables(kind, paths, path, options, allow_urls)
     if options:
         problem = f"config.data.path={path!r} holds {kind}, which have no columns"
         raise UserError(f"{problem}: leave ?{'&'.join(options)} out")
     if kind == "tars":
         from diva_jax.data.tars import TarSource  # Here, because it needs this module.
 
-        return TarSource(paths, cache_dir, quiet)
-    return FolderSource(paths, path if files.is_folder(path) else "", quiet)
+        return TarSource(paths, cache_dir)
+    return FolderSource(paths, path if files.is_folder(path) else "")

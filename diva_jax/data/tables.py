@@ -4,7 +4,6 @@ import array
 import contextlib
 import functools
 import itertools
-import logging
 import posixpath
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -15,13 +14,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field
 
-from diva_jax.common import json_files
+from diva_jax.common import json_files, log
 from diva_jax.common.errors import UserError, explained, listing
 from diva_jax.common.paths import is_remote
 from diva_jax.data import files
 from diva_jax.data.sources import TEXT_COLUMNS, Record, caption, listed, locate
-
-logger = logging.getLogger(__name__)
 
 # Names of columns that are used where `?image=` gives none; the first that a table has.
 IMAGE_COLUMNS = ("image", "file", "filepath", "path", "file_name", "filename", "image_path", "jpg", "png", "webp")
@@ -37,6 +34,7 @@ _LARGE_ROW_GROUP_BYTES = 2**26
 _MAX_LINE, _MAX_LIST = 2**24, 2**12
 # Rows of which it is asked whether they hold paths.
 _PROBED = 16
+_TEXTS = (pa.string(), pa.large_string())
 _CACHE = re.compile(r"(cache-|tmp).*\.arrow")
 _SPLIT = re.compile(r"(?:^|[/_.-])(train|test|validation|valid|val|dev)(?=[/_.-])")
 
@@ -79,7 +77,7 @@ def _typed_columns(path: str, schema: pa.Schema, options: Mapping[str, str]) -> 
     columns = choose_columns(path, schema.names, options)
     kind = schema.field(columns[0]).type
     struct = pa.types.is_struct(kind) and {field.name for field in kind} & {"bytes", "path"}
-    if not (struct or _is_text(kind) or pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
+    if not (struct or kind in (*_TEXTS, pa.binary(), pa.large_binary())):
         raise UserError(
             f"config.data.path: the column {columns[0]!r} of {path} holds {kind}, neither encoded images nor paths: "
             "name another one with ?image=COLUMN"
@@ -194,10 +192,6 @@ def _jsonl_part(path: str, options: Mapping[str, str]) -> _Part:
     return _Part(path, len(rows), columns, lambda row, name: record(row).get(name), lambda row: f"line {rows[row, 2]}")
 
 
-def _is_text(kind: pa.DataType) -> bool:
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
-
-
 def _read_row_group(path: str, group: int, columns: tuple[str, ...]) -> pa.Table:
     """The rows of a group; a UserError for more bytes than `_MAX_ROW_GROUP_BYTES`, whatever the file states."""
     batches, size = [], 0
@@ -220,7 +214,7 @@ def _parquet_part(path: str, options: Mapping[str, str], read_row_group) -> _Par
         parquet = pq.ParquetFile(f)
         chosen, metadata = _typed_columns(path, parquet.schema_arrow, options), parquet.metadata
         columns = tuple(dict.fromkeys(filter(None, chosen)))
-        if _is_text(parquet.schema_arrow.field(chosen[0]).type):
+        if parquet.schema_arrow.field(chosen[0]).type in _TEXTS:
             return _of_columns(path, parquet.read(list(columns)), chosen)
     groups = [metadata.row_group(g) for g in range(metadata.num_row_groups)]
     ends = np.cumsum([group.num_rows for group in groups], dtype=np.int64)
@@ -274,7 +268,7 @@ def _data_files(path: str, arrow_files: Sequence[str]) -> Sequence[str]:
 
 
 def open_tables(
-    kind: str, paths: Sequence[str], path: str, options: Mapping[str, str], quiet: bool, allow_urls: bool = False
+    kind: str, paths: Sequence[str], path: str, options: Mapping[str, str], allow_urls: bool = False
 ) -> TableSource:
     """Opens the files of one kind, "csv", "parquet" or "arrow", which `path` of the user stands for; `options` as in
     `choose_columns`. A UserError where a file is broken, has no such columns, or the files are of several splits."""
@@ -301,8 +295,8 @@ def open_tables(
         raise UserError(
             f"config.data.path: {without[0]} has no column with captions, but {len(parts)} files must agree"
         )
-    if not quiet and (largest := parts[0].row_group_bytes) > _LARGE_ROW_GROUP_BYTES:
-        logger.warning(
+    if (largest := parts[0].row_group_bytes) > _LARGE_ROW_GROUP_BYTES:
+        log.warn(
             "%s has row groups of up to %d MB, one of which is read for every image: write it with fewer rows per row "
             "group, or as a folder of save_to_disk",
             parts[0].path,

@@ -4,7 +4,6 @@ import concurrent.futures
 import hashlib
 import io
 import json
-import logging
 import os
 import posixpath
 import struct
@@ -13,17 +12,16 @@ import zipfile
 from collections.abc import Sequence
 from typing import Annotated, NamedTuple
 
+import jax
 import numpy as np
 import pydantic
 from pydantic import Field
 from tqdm import tqdm
 
-from diva_jax.common import paths
+from diva_jax.common import log, paths
 from diva_jax.common.errors import UserError, explained, listing
 from diva_jax.data import files
 from diva_jax.data.sources import CAPTION_KINDS, MAX_CAPTION_BYTES, CaptionFiles
-
-logger = logging.getLogger(__name__)
 
 # Part of the cached index's name; increased whenever the content of an index changes.
 _INDEX_VERSION = 6
@@ -175,11 +173,11 @@ def _load(path: str, shards: int) -> _Index | None:
         return None
     # What zipfile raises for damaged archives includes NotImplementedError and errors of struct.
     except (OSError, ValueError, KeyError, EOFError, MemoryError, RuntimeError, zipfile.BadZipFile, struct.error) as e:
-        logger.warning("the cached index %s cannot be read (%s): building it again", path, e)
+        log.warn("the cached index %s cannot be read (%s): building it again", path, e)
         return None
 
 
-def _index(shards: Sequence[str], cache_dir: str | None, quiet: bool) -> _Index:
+def _index(shards: Sequence[str], cache_dir: str | None) -> _Index:
     """The index of all shards, from the cache if no shard has changed since it was written."""
 
     def version(shard: str) -> tuple[str, int, str]:
@@ -196,7 +194,8 @@ def _index(shards: Sequence[str], cache_dir: str | None, quiet: bool) -> _Index:
                 return index
         scanned = pool.map(_index_shard, range(len(shards)), shards)
         # The bar appears where indexing takes more than ten seconds.
-        parts = list(tqdm(scanned, "indexing tar shards", len(shards), disable=quiet, delay=10, mininterval=10))
+        shown = dict(disable=jax.process_index() > 0, delay=10, mininterval=10)
+        parts = list(tqdm(scanned, "indexing tar shards", len(shards), **shown))
     rows, before = np.concatenate([part.rows for part in parts]), np.cumsum([0, *(len(p.names) for p in parts[:-1])])
     rows["name_end"] += np.repeat(before, [len(part.rows) for part in parts])
     notes = [entry for part in parts for entry in json.loads(str(part.notes))]
@@ -206,7 +205,7 @@ def _index(shards: Sequence[str], cache_dir: str | None, quiet: bool) -> _Index:
         try:
             paths.write_whole(cached, data.getvalue())
         except OSError as e:
-            logger.warning("the index of the tar shards could not be written, the next start scans them again (%s)", e)
+            log.warn("the index of the tar shards could not be written, the next start scans them again (%s)", e)
     return index
 
 
@@ -217,18 +216,17 @@ class TarSource(CaptionFiles):
     ever written beside the shards. A UserError where a shard cannot be read or has a key twice, or there is no
     image."""
 
-    def __init__(self, shards: Sequence[str], cache_dir: str | None = None, quiet: bool = False):
+    def __init__(self, shards: Sequence[str], cache_dir: str | None = None):
         self._shards = list(shards)
-        self._rows, self._names, notes = _index(self._shards, cache_dir, quiet)
+        self._rows, self._names, notes = _index(self._shards, cache_dir)
         notes = json.loads(str(notes))
         damaged = [f"{self._shards[i]} {why}" for i, why, *_ in notes if why]
-        if not quiet:
-            for shard in damaged[:_MAX_NAMED]:
-                logger.warning("tar shard %s", shard)
-            if damaged:
-                logger.warning("%d of %d tar shards are damaged or empty", len(damaged), len(self._shards))
-            left = [(sum(n[k][0] for n in notes), sum((n[k][1] for n in notes), [])[:2]) for k in (2, 3)]
-            files.say_left_out("config.data.path", *left)
+        for shard in damaged[:_MAX_NAMED]:
+            log.warn("tar shard %s", shard)
+        if damaged:
+            log.warn("%d of %d tar shards are damaged or empty", len(damaged), len(self._shards))
+        left = [(sum(n[k][0] for n in notes), sum((n[k][1] for n in notes), [])[:2]) for k in (2, 3)]
+        files.say_left_out("config.data.path", *left)
         if not len(self):
             which = f" ({listing(damaged, 3)})" if damaged else ""
             raise UserError(f"config.data.path: not one image in {len(self._shards)} tar files{which}")

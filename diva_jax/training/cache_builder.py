@@ -63,7 +63,7 @@ class Builder:
         self._inputs = {name: i for name, i in self.program.objective.inputs.items() if name in read}
         self._process = jax.process_index()
         data = config.data
-        self._source = pipeline.open_records(data, self._inputs, quiet=self._process != 0)
+        self._source = pipeline.open_records(data, self._inputs)
         self._make = {name: i.open(data) for name, i in self._inputs.items()}
         self._batch = batch * len(devices)
         facts, shapes, self._with_text = described(self.program)

@@ -130,7 +130,8 @@ def _folder(workdir: epath.PathLike) -> epath.Path:
 def damages(workdir: epath.PathLike) -> dict[int, str | None]:
     """Step -> what is wrong, or None, of the checkpoints that were saved, newest first; a UserError without a list."""
     folder = _folder(workdir)
-    try:
+    kind = Exception if paths.is_remote(folder) else FileNotFoundError
+    with explained(f"{folder} cannot be read", "check this account's rights, try again", kind):
         for _ in range(_LISTINGS):
             with contextlib.suppress(FileNotFoundError):
                 found = ocp.utils.checkpoint_steps_paths(folder) if folder.is_dir() else []
@@ -146,10 +147,6 @@ def damages(workdir: epath.PathLike) -> dict[int, str | None]:
                     except Damaged as e:
                         damages[step] = str(e)
                 return damages
-    except Exception as e:
-        if isinstance(e, UserError) or not paths.is_remote(folder):
-            raise
-        raise UserError(f"{folder} cannot be read ({paths.reason(e)}): check this account's rights, try again") from e
     raise UserError(f"{folder} changes too fast to be read: try again, with a larger config.checkpoint.keep")
 
 

@@ -80,7 +80,7 @@ class Feedback(Task):
     def __init__(self, path: str, section: ConfigDict, settings: Settings):
         options = FeedbackOptions(**section)
         try:
-            source = sources.open_source(path, quiet=jax.process_index() > 0)
+            source = sources.open_source(path)
         except UserError as e:
             raise UserError(str(e).replace("config.data.path", "--data=feedback")) from e
         if len(source) < 2:

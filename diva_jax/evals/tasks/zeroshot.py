@@ -3,7 +3,6 @@ its prompts' normalised embeddings, normalised again; an image belongs to the cl
 
 import dataclasses
 import functools
-import logging
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,13 +10,12 @@ from pathlib import Path
 import numpy as np
 from ml_collections import ConfigDict
 
+from diva_jax.common import log
 from diva_jax.common.errors import UserError, listing
 from diva_jax.common.fields import field
 from diva_jax.data import labelled
 from diva_jax.evals import AT, ClassificationTask, Classified, Settings, encode, resolved
 from diva_jax.models.library_config import packaged
-
-logger = logging.getLogger(__name__)
 
 # Where a template has the class: CLIP_benchmark's form, or OpenAI's.
 _PLACE = re.compile(r"\{c?\}")
@@ -72,7 +70,7 @@ def class_names(given: str, images: labelled.Images) -> list[list[str]]:
     codes = [name for synonyms in names for name in synonyms if _CODE.fullmatch(name)]
     if 2 * len(codes) > len(names):
         what = f"{len(codes)} class names look like codes ({listing(codes, 3)}), of which prompts say nothing"
-        logger.warning(f"{what}: give names in classnames.txt or with --config.eval.zeroshot.classes")
+        log.warn(f"{what}: give names in classnames.txt or with --config.eval.zeroshot.classes")
     return names
 
 

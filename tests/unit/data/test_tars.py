@@ -4,6 +4,7 @@ import concurrent.futures
 import os
 import tarfile
 
+import jax
 import numpy as np
 import pytest
 from helpers import refused
@@ -178,7 +179,9 @@ def test_a_second_start_reads_no_header_unless_a_shard_changed(shards, tmp_path,
     with monkeypatch.context() as patch:
         patch.setattr(tars, "scan", lambda path: pytest.fail("scanned again"))
         caplog.clear()
-        quiet = TarSource(shards, cache, quiet=True)
+        with monkeypatch.context() as second:
+            second.setattr(jax, "process_index", lambda: 1)
+            quiet = TarSource(shards, cache)
         assert [quiet.read(i) for i in range(len(quiet))] == before and not caplog.text
         TarSource(shards, cache)
         assert "1.tar is cut short" in caplog.text  # Logged every time, not only when the index is made.
@@ -204,9 +207,10 @@ def test_a_cache_that_cannot_be_used_only_warns(shards, tmp_path, caplog):
     assert "could not be written" in caplog.text
 
 
-def test_indexing_shows_its_progress_unless_it_is_quiet(shards, monkeypatch, capfd):
+def test_indexing_shows_its_progress_on_process_0(shards, monkeypatch, capfd):
     bar = tars.tqdm
     monkeypatch.setattr(tars, "tqdm", lambda *args, delay, **kw: bar(*args, **kw))  # At once, not after ten seconds.
-    for quiet, shown in ((True, 0), (False, 1)):
-        TarSource(shards, quiet=quiet)
+    for process, shown in ((1, 0), (0, 1)):
+        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+        TarSource(shards)
         assert capfd.readouterr().err.count("indexing tar shards: 100%") == shown
