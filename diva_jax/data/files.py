@@ -6,13 +6,11 @@ import csv
 import glob
 import io
 import itertools
-import json
 import math
 import os
 import posixpath
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import TypeVar
 
 import braceexpand
@@ -21,6 +19,7 @@ import fsspec
 from diva_jax.common import json_files, log
 from diva_jax.common.errors import UserError, brief, explained, listing
 from diva_jax.common.paths import demo_hint, is_remote
+from diva_jax.models.library_config import packaged
 
 # Encoded images are smaller; a larger file is a sparse one, for example.
 MAX_IMAGE_BYTES = 2**28
@@ -38,7 +37,7 @@ WHAT = (
 )
 # Kind of data -> suffixes of its files, in the order in which a folder's files are looked through: img2dataset writes
 # a .parquet file of metadata beside each shard and each folder of images, for example. The last two are not read.
-_SUFFIXES = {k: tuple(v) for k, v in json.loads(Path(__file__).with_name("kinds.json").read_text("utf-8")).items()}
+_SUFFIXES = packaged(__file__, "kinds.json")
 *KINDS, UNREAD, _PACKED = _SUFFIXES
 IMAGE_SUFFIXES = _SUFFIXES["images"]
 

@@ -101,8 +101,6 @@ def use_cache(setting: str, workdir: epath.Path) -> None:
         except OSError:  # A home that cannot be written.
             folder = workdir / "cache" / "compiled"
     jax.config.update("jax_compilation_cache_dir", str(paths.absolute(folder)))
-    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 
 
 def checked_file(kind: str, workdir: epath.Path | None = None) -> epath.Path:

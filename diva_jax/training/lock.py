@@ -8,6 +8,7 @@ import threading
 import time
 import uuid
 from pathlib import Path
+from typing import Any
 
 from etils import epath
 
@@ -19,7 +20,6 @@ RENEWAL_INTERVAL_S = 10.0
 STALE_AFTER_S = 25.0
 # Of two processes that take over at the same time, both have written after this.
 SETTLED_AFTER_S = 1.0
-_MAX_BYTES = 2**16
 
 
 def _kernel() -> str | None:
@@ -32,14 +32,11 @@ def _kernel() -> str | None:
 def _owner(path: epath.Path) -> dict | None:
     """The content of a lock; None without one, {} where it was cut short; a UserError where it cannot be read."""
     try:
-        content = json_files.decoded(json_files.read_bytes(path, _MAX_BYTES))
+        return json_files.read(path, dict[str, Any], "remove it", None)
     except UserError as e:
-        if isinstance(e.__cause__, FileNotFoundError):
-            return None
-        raise
-    except ValueError:
+        if not isinstance(e.__cause__, ValueError):
+            raise
         return {}
-    return content if isinstance(content, dict) else {}
 
 
 def _ended(owner: dict) -> bool:

@@ -9,10 +9,8 @@ ignore the other known ones, and in transformers' models, as each architecture's
 """
 
 import functools
-import json
 from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -26,6 +24,7 @@ from diva_jax.models import backbones, layers
 from diva_jax.models.backbones import Spec, TextSpec, architecture, architectures
 from diva_jax.models.backbones.shared.transformer import Text, require_text
 from diva_jax.models.backbones.shared.transformers_layout import Layout, Recipe, image_processor
+from diva_jax.models.library_config import packaged
 from diva_jax.models.names import Table, flat, from_torch_layout, to_torch_layout, torch_shape
 from diva_jax.weights.formats import Tensor, Tensors
 
@@ -108,7 +107,7 @@ def to_torch(state, table: Table) -> dict[str, np.ndarray]:
 
 # Our modules have diffusers' names, but for the positions in the U-Net's feed-forward list. The aliases are names of
 # older versions of the libraries; FLUX's are those of Black Forest Labs' own files.
-_TABLES = json.loads(Path(__file__).with_suffix(".json").read_text("utf-8"))
+_TABLES = packaged(__file__, "names.json")
 UNET, VAE, TEXT_ENCODER, FLUX_VAE = (Table(**_TABLES[name]) for name in ("unet", "vae", "text_encoder", "flux_vae"))
 
 SCALARS = ("logit_scale", "logit_bias")
