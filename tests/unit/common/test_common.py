@@ -95,7 +95,7 @@ def test_what_a_bucket_refuses_is_a_sentence_and_no_damage(monkeypatch, code):
         monkeypatch.setattr(type(epath.Path("gs://b/x")), name, refuse)
     for read in (
         lambda: json_files.read_bytes("gs://b/x"),
-        lambda: checkpoint.read_text(epath.Path("gs://b/3"), "meta"),
+        lambda: checkpoint.check_files(epath.Path("gs://b/3")),
         lambda: checkpoint.latest_step("gs://b/run"),
     ):
         refused(rf"gs://b/\S+ cannot be read \(HttpError: refused, {code}\): check", read)
