@@ -34,7 +34,8 @@ class Arm:
       teacher: what teaches, a folder of `models.WEIGHTS`, or "random": one of the same size with random weights; empty:
         nothing that is kept.
       control: the arm that must be beaten before anything is claimed; empty: a control itself.
-      captions: of the training data, one of `records.KINDS`.
+      captions: of the training data, a key of `captions.KINDS`.
+      wrong: of so many training images in a hundred no text is true.
     """
 
     what: str
@@ -43,6 +44,7 @@ class Arm:
     teacher: str = models.GENERATOR
     control: str = ""
     captions: str = "biased"
+    wrong: int = 0
 
 
 def _controlled(name: str, arm: Arm, what: str, **changes) -> dict[str, Arm]:
@@ -56,6 +58,7 @@ def _controlled(name: str, arm: Arm, what: str, **changes) -> dict[str, Arm]:
 _NEXT = "the features of the next image"
 _ANCHOR = {"anchor.of": "unit", "anchor.weight": 80.0}
 _JUDGE = {"judge.texts": "records", "judge.neutral": "none", "judge.draws": 1, "optim.lr": 3e-3} | _ANCHOR
+_ABSTAINS = {"judge.neutral": "auto"}
 _DIVA = {"optim.name": "adamw", "diva.draws": 1, "diva.first_timestep": 300}
 _UNCLIP = {"unclip.latents": "mean", "trainable": (("vision/.*", 1.0), (".*", 0.0))}
 _CONTRAST = {"contrast.weight": 1.0}
@@ -79,6 +82,13 @@ ARMS = {
         "the posterior in a random order",
         fields={"judge.verdict": "shuffled"},
     ),
+    **_controlled(
+        "judge_half",
+        Arm("the judge, half of whose questions have no true text", "judge", _JUDGE | _ABSTAINS, wrong=50),
+        "the posterior in a random order",
+        fields={"judge.verdict": "shuffled"},
+    ),
+    "judge_forced": Arm("the same without a neutral text", "judge", _JUDGE, wrong=50, control="judge_half_control"),
     **_controlled(
         "diva",
         Arm("DIVA, the second of two stages", objectives.DIVA, {"optim.lr": 1e-5} | _DIVA),
@@ -180,5 +190,5 @@ def arm_config(arm: Arm, seed: int, budget: Budget, random: str | os.PathLike = 
     if arm.teacher == RANDOM:
         taught_by = c.diffusion if "diffusion" in c else c.kuea.teacher if "kuea" in c else c.teacher
         taught_by.source = str(random)
-    c.data.path = records.path(DATA_SEED + seed, arm.captions)
+    c.data.path = records.path(DATA_SEED + seed, arm.captions, wrong=arm.wrong)
     return c

@@ -68,6 +68,11 @@ def change(scenes: Scenes, fact: str, rng: np.random.Generator) -> Scenes:
     return dataclasses.replace(s, **{fact: np.stack([new, old[:, 1]], axis=1)})
 
 
+def turned(scenes: Scenes, which: np.ndarray) -> Scenes:
+    """The scenes with the relation along the other axis where `which`, bool [N], is true."""
+    return dataclasses.replace(scenes, relation=scenes.relation ^ np.where(which, 2, 0).astype(np.int8))
+
+
 def near(scenes: Scenes, values: np.ndarray) -> np.ndarray:
     """The value [N] of the left or upper object, of values [N, 2]."""
     return values[np.arange(len(scenes)), scenes.relation % 2]

@@ -116,6 +116,12 @@ def test_texts_of_records_and_pairs_in_mmvps_layout(tmp_path):
         true, false = source.read(i).texts
         (a,), (b,) = ([r for r in scenes.RELATIONS if f" {r} " in t] for t in (true, false))
         assert true.replace(a, b) == false and scenes.RELATIONS.index(a) == scenes.RELATIONS.index(b) ^ 1
+    some = sources.open_source(records.path(5, wrong=30))
+    changed = [(source.read(i).texts, some.read(i).texts) for i in range(200) if source.read(i) != some.read(i)]
+    assert 40 < len(changed) < 80 and all(source.read(i).image == some.read(i).image for i in range(200))
+    for true, wrong in changed:
+        (a,), (b,) = ([n for n, r in enumerate(scenes.RELATIONS) if f" {r} " in texts[0]] for texts in (true, wrong))
+        assert a // 2 != b // 2 and [t.replace(scenes.RELATIONS[a], scenes.RELATIONS[b]) for t in true][0] == wrong[0]
     blindness.write_pairs(tmp_path, seed=4, count=3)
     names, count = mmvp.read_patterns(str(tmp_path))
     questions = mmvp.read_questions(str(tmp_path))
