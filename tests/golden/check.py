@@ -13,6 +13,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from diva_jax.common.errors import UserError
+
 HERE = Path(__file__).parent
 SD = "sd_tiny_7.npz"
 METHODS = ("dcr", "diva", "genhancer", "kuea", "unclip")
@@ -63,7 +65,7 @@ def main(arguments: list[str]) -> int:
     for path in files:
         try:
             rows = errors(path, sd)
-        except (OSError, KeyError, ValueError) as e:
+        except (OSError, KeyError, ValueError, UserError) as e:
             print(f"error: {path}: {e}", file=sys.stderr)
             return 2
         print(path.name)

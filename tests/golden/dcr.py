@@ -27,10 +27,10 @@ _GIVEN = ("pixels", "plus/", "text_ids", "vae_noise", "timesteps", "noise", "w/"
 _PROJECTOR = Table("projector", ((r"^norm.", "0."), (r"^fc1.", "1."), (r"^fc2.", "3.")))
 
 
-def settings(z, sd, exact: bool = False):
+def settings(z, exact: bool = False):
     activation = "gelu_tanh" if "w/vision_model.head.probe" in z.files else "quick_gelu"
     spec = hf_spec(take(z, "w/"), image_size=z["pixels"].shape[1], heads=HEADS, activation=activation)
-    c = config.default(spec, diffusion_config(sd), "dcr")
+    c = config.default(spec, diffusion_config(), "dcr")
     c.update(dtype="float32", frozen_dtype="float32", batch_size=len(z["pixels"]))
     c.dcr.update(group=len(z["pixels"]), tile=len(z["pixels"]) + 1, stage1_loss="faithful")
     c.dcr.lora.dropout = 0.0
@@ -52,7 +52,7 @@ def prompt(z) -> dict[str, np.ndarray]:
 
 
 def objective(z, sd, text_context) -> dcr.Objective:
-    module = dcr.Objective(settings(z, sd), rngs=Keys())
+    module = dcr.Objective(settings(z), rngs=Keys())
     plain = abstract(lambda rngs: backbones.build(module.spec, rngs=rngs))
     module.vision = filled(plain, from_hf(take(z, "w/"), module.spec), names.table("vision", module.spec))
     adapters.adapt(module.vision, module.options.lora, Keys())
@@ -81,11 +81,11 @@ def compute(z, sd) -> dict[str, np.ndarray]:
     jitter = preprocess.Jitter(*(jnp.asarray(z[f"plus/{k}"]) for k in ("order", "jitter", "crop", "hflip", "vflip")))
     drawn = dcr.DcrDraws(*(jnp.asarray(z[k]) for k in ("timesteps", "noise", "vae_noise")), jitter, None)
     out |= dict(zip(("clip_view", "plus_view"), module.views(pixels, jitter), strict=True))
-    exact = settings(z, sd, exact=True)
+    exact = settings(z, exact=True)
     out["exact/plus_view"] = abstract(lambda rngs: dcr.Objective(exact, rngs=rngs)).views(pixels, jitter)[1]
     out["vae_moments"] = jax.jit(module.vae.moments)(2 * pixels - 1)
     skeleton, arrays = partition.disassemble(module)
-    scales_of = [partition.scales(s.trainable, arrays) for s in dcr.stages(settings(z, sd))]
+    scales_of = [partition.scales(s.trainable, arrays) for s in dcr.stages(settings(z))]
     trains = {n for scales in scales_of for n, scale in scales.items() if scale}
     passes = jax.jit(jax.value_and_grad(lambda a, b: skeleton.merge(a, b).forward(pixels, drawn), has_aux=True))
     for stage, given, scales in zip(("stage1", "stage2"), (arrays, adapted(z, arrays)), scales_of, strict=True):

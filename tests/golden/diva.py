@@ -42,7 +42,7 @@ def vision_spec(name: str, z) -> backbones.Spec:
 
 def compare(path, z, sd):
     n = len(z["losses"])
-    c = config.default(vision_spec(path.stem, z), diffusion_config(sd))
+    c = config.default(vision_spec(path.stem, z), diffusion_config())
     c.update(dtype="float32", frozen_dtype="float32", accum=1)
     c.diva.draws, c.diffusion.text_tokens = n, z["text_context"].shape[1]
     module = abstract(lambda rngs: diva.Objective(config.faithful(c), rngs=rngs))

@@ -11,8 +11,13 @@ from diva_jax import config
 from diva_jax.models import backbones
 from diva_jax.weights import names
 
-# What a file of the U-Net and VAE does not tell.
-_SD = dict(unet_heads=(2, 2, 4, 4), unet_groups=8, vae_groups=4)
+# The U-Net and the VAE of the golden files, in diffusers' terms.
+_UNET = dict(block_out_channels=(16, 32, 32, 32), layers_per_block=2, attention_head_dim=(2, 2, 4, 4))
+_UNET |= dict(cross_attention_dim=48, use_linear_projection=True, norm_num_groups=8)
+_UNET |= dict(down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",))
+_UNET |= dict(up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3)
+_VAE = dict(block_out_channels=(8, 16, 16, 16), layers_per_block=2, norm_num_groups=4)
+_VAE |= dict(down_block_types=("DownEncoderBlock2D",) * 4)
 
 
 def take(arrays, prefix: str, new: str = "") -> dict[str, np.ndarray]:
@@ -58,32 +63,9 @@ def hf_tensors(path, array) -> dict[str, np.ndarray]:
     return dict(zip(found, array.swapaxes(1, 2) if "lora" in path else np.split(array.T, len(found)), strict=True))
 
 
-def diffusion_config(sd) -> dict:
-    """Returns the sizes of U-Net and VAE, in diffusers' terms, from their state dicts."""
-
-    def widths(part, key):
-        n = 1 + max(int(k.split("down_blocks.")[1].split(".")[0]) for k in sd.files if f"{part}down_blocks." in k)
-        return tuple(sd[f"{part}down_blocks.{i}.resnets.0.{key}"].shape[0] for i in range(n))
-
-    unet = dict(
-        in_channels=sd["unet/conv_in.weight"].shape[1],
-        out_channels=sd["unet/conv_out.weight"].shape[0],
-        block_out_channels=widths("unet/", "conv1.weight"),
-        layers_per_block=2,
-        attention_head_dim=_SD["unet_heads"],
-        cross_attention_dim=sd["unet/down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight"].shape[1],
-        use_linear_projection=sd["unet/down_blocks.0.attentions.0.proj_in.weight"].ndim == 2,
-        norm_num_groups=_SD["unet_groups"],
-        down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
-        up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
-    )
-    channels = widths("vae/encoder.", "conv1.weight")
-    vae = dict(block_out_channels=channels, down_block_types=("DownEncoderBlock2D",) * len(channels))
-    vae |= dict(
-        layers_per_block=2, norm_num_groups=_SD["vae_groups"], latent_channels=sd["vae/quant_conv.weight"].shape[0] // 2
-    )
-    preset = config.default().diffusion
-    return dict(unet=unet, vae=vae, text_encoder=preset.text_encoder.to_dict(), scheduler=preset.scheduler.to_dict())
+def diffusion_config() -> dict:
+    preset = config.default().diffusion.to_dict()
+    return dict(unet=dict(_UNET), vae=dict(_VAE), text_encoder=preset["text_encoder"], scheduler=preset["scheduler"])
 
 
 def fill_generator(module, sd, text_context, unet=()) -> None:

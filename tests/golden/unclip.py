@@ -29,7 +29,7 @@ GIVEN += ("stats_mean", "stats_std", "meta")
 
 
 def objective(z, sd) -> unclip.Objective:
-    meta, diffusion = json.loads(str(z["meta"])), diffusion_config(sd)
+    meta, diffusion = json.loads(str(z["meta"])), diffusion_config()
     fields = dict(image_size=z["clip_pixels"].shape[1], heads=HEADS)
     fields |= dict(activation="quick_gelu" if meta["act"] == "quick_gelu" else "gelu")
     spec = tower_spec(take(z, "w/"), "vit", **fields)

@@ -7,6 +7,7 @@ import sys
 import commands
 import numpy as np
 import pytest
+import trees
 
 PAGE = "docs/WRITE_AN_OBJECTIVE.md"
 FEW = " --config.steps=2 --config.batch_size=8"
@@ -16,9 +17,7 @@ FEW = " --config.steps=2 --config.batch_size=8"
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("mine")
     module, config = (code for language, code in commands.blocks(PAGE)[:2])
-    (folder / "mine").mkdir()
-    (folder / "mine/rotations.py").write_text(module)
-    (folder / "rotations.py").write_text(config)
+    trees.change(folder, {"mine/rotations.py": module, "rotations.py": config})
     return folder
 
 
@@ -62,10 +61,8 @@ def test_an_error_inside_names_its_line(folder):
     text = (folder / "mine/rotations.py").read_text()
     for i, (old, new, want, says) in enumerate(BROKEN.values()):
         assert text.count(old) == 1
-        (folder / f"broken{i}").mkdir()
-        (folder / f"broken{i}/rotations.py").write_text(text.replace(old, new))
         config = (folder / "rotations.py").read_text().replace("mine.rotations", f"broken{i}.rotations")
-        (folder / f"config{i}.py").write_text(config)
+        trees.change(folder, {f"broken{i}/rotations.py": text.replace(old, new), f"config{i}.py": config})
         line = (f"--config=config{i}.py", f"--workdir=broken{i}/run", *FEW.split(), "--config.compile_cache=")
         code, out, err = commands.run("main", *line, cwd=folder)
         last = err.splitlines()[-1]

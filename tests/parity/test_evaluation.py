@@ -11,13 +11,13 @@ import pytest
 import small
 import timm.data
 import torch
+import trees
 from clip_benchmark.datasets.builder import build_dataset
 from clip_benchmark.metrics import linear_probe, zeroshot_classification, zeroshot_retrieval
 from clip_benchmark.models.open_clip import load_open_clip
 from eval_data import encoded, eval_config, patch, write_class_folders, write_mmvp
 from helpers import close, refused, tensors
 from PIL import Image
-from records import write_tar
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 from specs import EVAL_CLIP as CLIP
@@ -54,33 +54,25 @@ def exported(tmp_path_factory):
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory):
     """297 digits of scikit-learn, 8 x 8 pixels, in two shards."""
-    root = tmp_path_factory.mktemp("digits")
-    (root / "test").mkdir()
-    labels = DIGITS.target
+    root, labels = tmp_path_factory.mktemp("digits"), DIGITS.target
+    tree = {"test/nshards.txt": "2\n", "classnames.txt": "\n".join(WORDS) + "\n"}
+    tree["zeroshot_classification_templates.txt"] = "\n".join(TEMPLATES) + "\n"
     for shard, rows in enumerate((range(1500, 1700), range(1700, 1797))):
-        members = {}
-        for i in rows:
-            members |= {f"s{i:07d}.cls": str(labels[i]).encode(), f"s{i:07d}.png": encoded(digit(i))}
-        write_tar(root / "test" / f"{shard}.tar", members)
-    (root / "test" / "nshards.txt").write_text("2\n")
-    (root / "classnames.txt").write_text("\n".join(WORDS) + "\n")
-    (root / "zeroshot_classification_templates.txt").write_text("\n".join(TEMPLATES) + "\n")
+        members = {f"s{i:07d}.cls": str(labels[i]) for i in rows} | {f"s{i:07d}.png": encoded(digit(i)) for i in rows}
+        tree[f"test/{shard}.tar"] = dict(sorted(members.items()))
+    trees.change(root, tree)
     return root
 
 
 @pytest.fixture(scope="module")
 def captions(tmp_path_factory):
     """Photographs with one to five captions each, as Flickr30k and COCO are packed."""
-    root = tmp_path_factory.mktemp("captions")
-    (root / "test").mkdir()
-    members = {}
+    root, members = tmp_path_factory.mktemp("captions"), {}
     for i in range(CAPTIONS):
         words = [WORDS[(i + 3 * j) % 10] for j in range(1 + i % 5)]
         texts = [f"{word} {WORDS[i % 7]} things, number {i * 10 + j}, at noon!" for j, word in enumerate(words)]
-        members |= {f"s{i:07d}.jpg": encoded(patch(i), "JPEG"), f"s{i:07d}.txt": "\n".join(texts).encode()}
-    write_tar(root / "test" / "0.tar", members)
-    (root / "test" / "nshards.txt").write_text("1\n")
-    (root / "dataset_type.txt").write_text("retrieval\n")
+        members |= {f"s{i:07d}.jpg": encoded(patch(i), "JPEG"), f"s{i:07d}.txt": "\n".join(texts)}
+    trees.change(root, {"test/0.tar": members, "test/nshards.txt": "1\n", "dataset_type.txt": "retrieval\n"})
     return root
 
 

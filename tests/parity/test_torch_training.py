@@ -60,8 +60,7 @@ class TorchDiva:
             tokens, pooled = torch_features(self.vision, view)
             picked = torch.gather(tokens, 1, indices[:, :, None].expand(-1, -1, tokens.shape[-1]))
             features = torch.cat([pooled[:, None], picked], 1)
-            a = self.generator.abar[t].view(-1, 1, 1, 1)
-            noisy = a.sqrt() * latents + (1 - a).sqrt() * noise
+            noisy = self.generator.schedule.add_noise(latents, noise, t)
             pred = self.generator.unet(noisy, t, self.visual_proj(features) + text).sample
             out.append(F.mse_loss(pred, noise))
         return out
@@ -103,7 +102,7 @@ def test_ten_steps_of_diva(optimizer, mode):
 
 
 class TorchJudge:
-    """The loss from open_clip's, diffusers' and transformers' own modules, one image, text and draw at a time."""
+    """The loss from open_clip's, diffusers' and transformers' own modules, one image at a time."""
 
     def __init__(self, p, arrays):
         from transformers import CLIPTextConfig, CLIPTextModel
@@ -117,53 +116,41 @@ class TorchJudge:
         tensors = part_tensors(p, arrays, "text_encoder", names.TEXT_ENCODER)
         missing = self.encoder.load_state_dict(tensors, strict=False)
         assert not missing.unexpected_keys and all("position_ids" in k for k in missing.missing_keys)
-        abar, o = self.generator.abar.double(), p.config.judge
+        abar, o = self.generator.schedule.alphas_cumprod.double(), p.config.judge
         slope = np.abs(np.gradient(np.log((abar / (1 - abar)).numpy()))) * 0.5 * 12 * 12 * 4 * 700 / o.draws
         self.v = p.config.diffusion.scheduler.prediction_type == "v_prediction"
         self.slope = slope * abar.numpy() if self.v else slope
 
     def error(self, z, ids, timesteps, noise):
         """Of one image, z [1, c, h, w], under one text; timesteps [N], noise [N, c, h, w]."""
-        context, total = self.encoder(ids[None])[0], 0.0
-        for t, eps in zip(timesteps, noise, strict=True):
-            a = self.generator.abar[t]
-            goal = a.sqrt() * eps - (1 - a).sqrt() * z[0] if self.v else eps
-            noisy = a.sqrt() * z + (1 - a).sqrt() * eps
-            wrong = F.mse_loss(self.generator.unet(noisy, t, context).sample[0], goal)
-            total += wrong * (self.slope[t] if self.c.judge.timestep_weight == "nats" else 1.0)
+        context, total, schedule = self.encoder(ids[None])[0], 0.0, self.generator.schedule
+        for t, eps in zip(timesteps[:, None], noise[:, None], strict=True):
+            goal = schedule.get_velocity(z, eps, t) if self.v else eps
+            wrong = F.mse_loss(self.generator.unet(schedule.add_noise(z, eps, t), t, context).sample, goal)
+            total += wrong * (self.slope[t[0]] if self.c.judge.timestep_weight == "nats" else 1.0)
         return total
 
-    def judged(self, x, conditions, texts, drawn):
-        """(numbers of the texts, their posterior, the weight) of one image."""
-        there = [k for k in range(len(texts) - 1) if texts[k, 0] >= 0 and conditions[k, 0] >= 0]
-        if len(there) < 2:
-            return [], None, 0.0
-        z = self.generator.latents(2 * x[None] - 1)
-        errors = torch.stack([self.error(z, conditions[k], *drawn) for k in [*there, -1]])
-        errors, neutral = self.c.judge.beta * errors[:-1], self.c.judge.beta * errors[-1]
-        weight = 1.0 if self.c.judge.neutral == "none" else float(1 / (1 + torch.exp(errors.min() - neutral)))
-        shares = torch.exp(errors.min() - errors)
-        return there, shares / shares.sum(), weight
-
     def loss(self, batch, timesteps, noise):
-        x, o = pixels(batch), self.c.judge
-        images = F.normalize(self.model.visual(resized(x, self.spec)), dim=-1)
-        texts, conditions = (torch.from_numpy(np.array(batch[k])).long() for k in ("texts", "conditions"))
-        total, weights = 0.0, []
+        x, o, total, weights = pixels(batch), self.c.judge, 0.0, []
+        images = normalize(self.model.visual(resized(x, self.spec)), dim=-1)
+        texts, conditions = to_torch(batch["texts"]), to_torch(batch["conditions"])
         for b in range(len(x)):
+            shown = [k for k in range(texts.shape[1] - 1) if texts[b, k, 0] >= 0]
+            there = [k for k in shown if conditions[b, k, 0] >= 0]
+            if len(there) < 2:
+                weights.append(0.0)
+                continue
             with torch.no_grad():
-                drawn = timesteps[:, b], noise[:, b]
-                there, q, weight = self.judged(x[b], conditions[b], texts[b], drawn)
-                weights.append(weight)
-                if not there:
-                    continue
-                shown = [k for k in range(texts.shape[1] - 1) if texts[b, k, 0] >= 0]
-                u = F.normalize(self.model.encode_text(texts[b, shown]), dim=-1)
-            p = (o.logit_scale * u @ images[b]).log_softmax(0)
-            for k, share in zip(there, q, strict=True):
-                row = shown.index(k)
-                own = (o.logit_scale * images @ u[row]).log_softmax(0)[b] if o.image_weight else 0.0
-                total = total - weight * share * (p[row] + o.image_weight * own) / len(x)
+                z = self.generator.latents(2 * x[b : b + 1] - 1)
+                errors = [self.error(z, conditions[b, k], timesteps[:, b], noise[:, b]) for k in [*there, -1]]
+                *errors, neutral = o.beta * torch.stack(errors)
+                errors = torch.stack(errors)
+                weights.append(1.0 if o.neutral == "none" else float((neutral - errors.min()).sigmoid()))
+                u = normalize(self.model.encode_text(texts[b, shown]), dim=-1)
+            logits = o.logit_scale * u @ images.T  # [texts, images]
+            right = logits[:, b].log_softmax(0) + o.image_weight * logits.log_softmax(1)[:, b]
+            right = right[[shown.index(k) for k in there]]
+            total = total - weights[-1] * ((-errors).softmax(0) * right).sum() / len(x)
         return total, np.mean(weights)
 
 
@@ -214,10 +201,8 @@ def contrast(logits):
 def terms(x, untuned, texts, taught, c):
     """(contrast, anchor, relation) of embeddings [B, D]."""
     x, texts, untuned, taught = (normalize(a, dim=-1) for a in (x, texts, untuned, taught))
-    relation = 0.0
-    for i in range(B):
-        p, q = ((e[i] @ e.T / c.relation.temperature).softmax(0) for e in (taught, x))
-        relation = relation + (p * (p / q).log()).sum() / B
+    q, p = ((e @ e.T / c.relation.temperature).log_softmax(-1) for e in (x, taught))
+    relation = F.kl_div(q, p, reduction="batchmean", log_target=True)
     return contrast(x @ texts.T / c.contrast.temperature) / 2, ((x - untuned) ** 2).mean(), relation
 
 
@@ -271,17 +256,12 @@ def structure(x, taught):
     """As the paper has it: matrices of all pairs of patches."""
 
     def matrices(x):
-        cosines = torch.stack([torch.cosine_similarity(a[:, None], a[None], dim=-1) for a in x])
         length = x.norm(dim=-1)
         apart = length[:, :, None] - length[:, None, :]
-        return cosines, apart / apart.flatten(1).std(dim=1, correction=0)[:, None, None]
+        spread = apart.flatten(1).std(dim=1, correction=0)
+        return torch.cosine_similarity(x[:, :, None], x[:, None], dim=-1), apart / spread[:, None, None]
 
     return [((a - b) ** 2).mean() for a, b in zip(matrices(x), matrices(taught), strict=True)]
-
-
-def uniformity(x):
-    x, other = normalize(x, dim=-1), [(i, j) for i in range(SALM_BATCH) for j in range(SALM_BATCH) if i != j]
-    return torch.stack([(-2 * (x[i] - x[j]).square().sum()).exp() for i, j in other]).mean().log()
 
 
 @pytest.mark.parametrize("teacher, visible", [("frozen", "added"), ("self", "none")])
@@ -307,8 +287,9 @@ def test_salm(teacher, visible):
         with torch.no_grad():
             tokens0, pooled0 = torch_features(untuned, view)
             taught = torch_features(dino, resized(pixels(batch), teacher_spec))[0]
+        uniformity = (-2 * torch.pdist(normalize(pooled, dim=-1)).square()).exp()
         f, f0 = (torch.cat([a[:, None], b], 1) for a, b in ((pooled, tokens), (pooled0, tokens0)))
-        want = {"preserve": ((f - f0) ** 2).mean(), "uniformity": uniformity(pooled)}
+        want = {"preserve": ((f - f0) ** 2).mean(), "uniformity": uniformity.mean().log()}
         beta = min(max((i / TOTAL - 0.25) / 0.5, 0), 1)
         gamma = 1 - 0.9 * beta
         loss = PRESERVE * want["preserve"] + UNIFORM * want["uniformity"]

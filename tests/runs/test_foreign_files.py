@@ -14,10 +14,11 @@ import jax
 import numpy as np
 import pytest
 import report_samples as samples
+import trees
 from etils import epath
 from helpers import refused
 from mutations import changed, damaged, outcome
-from records import encoded, write_shards
+from records import write_shards
 
 from diva_jax import report
 from diva_jax.data import latent_cache, sources
@@ -42,20 +43,22 @@ def good(tmp_path_factory):
             del found[rows][2:]
     samples.write_run(folder, rows=6)
     samples.write_evaluation(folder, [], "w", **tasks)
-    rows = [[{"image": "a.png", "caption": "x"}]]
-    (folder / "images.json").write_text(json.dumps({"title": "t", "note": "n", "rows": rows}))
-    (folder / "lock.json").write_text(json.dumps({"host": "elsewhere", "pid": 1, "beat": 7, "token": "x"}))
-    (folder / "latents.json").write_text(json.dumps({"format": 1, **MANIFEST}))
-    (folder / "Patterns.json").write_text(json.dumps({"patterns": ["a", "b"], "pairs": 3}))
+    tree = {"images.json": {"title": "t", "note": "n", "rows": [[{"image": "a.png", "caption": "x"}]]}}
+    tree |= {
+        "lock.json": {"host": "elsewhere", "pid": 1, "beat": 7, "token": "x"},
+        "latents.json": {"format": 1, **MANIFEST},
+    }
+    tree |= {
+        "Patterns.json": {"patterns": ["a", "b"], "pairs": 3},
+        "captions/a.png": "PNG",
+        "captions/a.txt": "a caption",
+    }
+    trees.change(folder, tree | {"shards/": {}})
     state = {"params": {"a": np.ones(3, np.float32)}, "step": np.int32(3)}
     with checkpoint.Checkpoints(folder) as checkpoints:
         checkpoints.save(3, jax.tree.map(jax.numpy.asarray, state), {"batches": 3}, {"config": {"steps": 9}}, wait=True)
-    (folder / "shards").mkdir()
     write_shards(folder / "shards", 3, 3)
     sources.open_source(str(folder / "shards"), str(folder / "shards"))
-    (folder / "captions").mkdir()
-    (folder / "captions/a.png").write_bytes(encoded(1))
-    (folder / "captions/a.txt").write_text("a caption")
     return folder
 
 

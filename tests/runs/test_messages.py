@@ -6,6 +6,7 @@ from pathlib import Path
 
 import commands
 import pytest
+import trees
 from places import ROOT
 
 # Name -> [arguments, what the line must contain].
@@ -22,13 +23,11 @@ SHOWN = {
 @pytest.fixture(scope="module")
 def ended(tmp_path_factory):
     folder = tmp_path_factory.mktemp("empty")
-    for name in ("a.zip", "a.tar.gz", "photo.jpg"):
-        (folder / name).write_text("nothing")
-    (folder / "t.csv").write_text("a,b\n1,2\n")
-    (folder / "broken.py").write_text("def get_config():\n    return 1 + 'a'\n")
+    files = dict.fromkeys(("a.zip", "a.tar.gz", "photo.jpg"), "nothing") | {"t.csv": {"a": [1], "b": [2]}}
+    trees.change(folder, files | {"broken.py": "def get_config():\n    return 1 + 'a'\n"})
     cases = {name: arguments for name, (arguments, _) in (REFUSED | SHOWN).items()}
     found = [commands.run("main", *arguments, cwd=folder) for arguments in cases.values()]
-    assert sorted(p.name for p in folder.iterdir()) == ["a.tar.gz", "a.zip", "broken.py", "photo.jpg", "t.csv"]
+    assert {p.name for p in folder.iterdir()} == {*files, "broken.py"}
     return dict(zip(cases, found, strict=True))
 
 

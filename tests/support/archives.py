@@ -30,12 +30,10 @@ def tensor(key: str, count, offset, shape, strides) -> bytes:
 
 
 def state_dict(tensors: Mapping[str, bytes]) -> bytes:
-    """The pickle of a dict of tensors."""
     return b"\x80\x02}(" + b"".join(text(key) + value for key, value in tensors.items()) + b"u."
 
 
 def write(path: Path, pickle: bytes, storages: Mapping[str, bytes], compression: int = zipfile.ZIP_STORED) -> Path:
-    """Writes the archive."""
     with zipfile.ZipFile(path, "w", compression) as archive:
         archive.writestr("a/data.pkl", pickle)
         archive.writestr("a/byteorder", "little")

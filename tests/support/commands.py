@@ -87,7 +87,6 @@ class Command:
         return "".join(self.stdout), self.stderr.read()
 
     def _lines(self):
-        """Yields the lines of the output as they are written."""
         line = ""
         while True:
             ended = self.poll() is not None
@@ -134,7 +133,6 @@ def finish(process, seconds: float = 400) -> tuple[int, str, str]:
 
 
 def run(module: str, *args, **kw) -> tuple[int, str, str]:
-    """`start` and `finish`."""
     return finish(start(module, *args, **kw))
 
 
@@ -146,7 +144,6 @@ def output(process) -> str:
 
 
 def succeed(module: str, *args, **kw) -> str:
-    """Returns the output of a command, which must end with exit code 0."""
     return output(start(module, *args, **kw))
 
 

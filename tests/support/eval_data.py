@@ -2,15 +2,16 @@
 
 import dataclasses
 import functools
-import io
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import skimage.data
+import trees
 from ml_collections import ConfigDict
 from PIL import Image
+from records import saved as encoded
 
 from diva_jax import config, evals
 from diva_jax.evals.tasks.mmvp import FOLDERS, HEADER, PATTERNS, PER_PATTERN
@@ -22,7 +23,6 @@ TEXTS = json.loads(Path(__file__).with_name("texts.json").read_text())
 
 
 def statement(row: int) -> str:
-    """Returns the statement of a row of `write_mmvp`."""
     return f"thing number {row * 7}, seen from {'left' if row % 2 else 'above'}"
 
 
@@ -42,12 +42,6 @@ def patch(index: int) -> Image.Image:
     w, h = 50 + index % 17, 45 + index % 13
     left, top = rng.integers(0, whole.width - 2 * w), rng.integers(0, whole.height - 2 * h)
     return whole.crop((left, top, left + 2 * w, top + 2 * h)).resize((w, h))
-
-
-def encoded(image: Image.Image, form: str = "PNG") -> bytes:
-    data = io.BytesIO()
-    image.save(data, form)
-    return data.getvalue()
 
 
 def write_image(path: Path, index: int) -> None:
@@ -135,21 +129,17 @@ def write_task_data(root: Path) -> dict[str, str]:
     """Writes small data of every task; returns the task's --data."""
     write_mmvp(root / "mmvp")
     write_class_folders(root / "classes", [i % 3 for i in range(12)], ["cup", "logo", "rocket"])
-    rows = [f"classes/cup/{i:03d}.png,image {j} of number {i}" for i in range(0, 12, 3) for j in range(1 + i % 2)]
-    (root / "captions.csv").write_text("\n".join(["image,caption", *rows]))
+    rows = [(f"classes/cup/{i:03d}.png", f"image {j} of number {i}") for i in range(0, 12, 3) for j in range(1 + i % 2)]
+    labels = [np.random.default_rng(i).integers(0, 3, patch(i).size[::-1]).astype(np.uint8) for i in range(2)]
+    tree = {"captions.csv": dict(zip(("image", "caption"), zip(*rows, strict=True), strict=True))}
+    tree |= {f"voc/SegmentationClass/{i}.png": encoded(Image.fromarray(label)) for i, label in enumerate(labels)}
+    tree |= {f"voc/JPEGImages/{i}.jpg": encoded(patch(i), "JPEG") for i in range(2)}
+    trees.change(root, tree | {"voc/ImageSets/Segmentation/val.txt": "0\n1\n"})
     sugarcrepe(root / "choice")
     winoground(root / "pairs", 3)
     write_class_folders(root / "probe" / "train", [0, 1] * 5 + [1], ["a", "b"])
     write_class_folders(root / "probe" / "test", [0, 1, 1, 0, 0, 0, 1], ["a", "b"])
     write_class_folders(root / "a", [0, 1, 2] * 3, ["n01440764", "n02123045", "n15075141"])
-    voc = root / "voc"
-    for folder in ("SegmentationClass", "ImageSets/Segmentation"):
-        (voc / folder).mkdir(parents=True)
-    for i in range(2):
-        write_image(voc / "JPEGImages" / f"{i}.jpg", i)
-        labels = np.random.default_rng(i).integers(0, 3, patch(i).size[::-1]).astype(np.uint8)
-        Image.fromarray(labels).save(voc / "SegmentationClass" / f"{i}.png")
-    (voc / "ImageSets" / "Segmentation" / "val.txt").write_text("0\n1\n")
     paths = dict(mmvp="mmvp", zeroshot="classes", retrieval="captions.csv", drift="classes", choice="choice")
     paths |= dict(probe="probe", robustness="a", segmentation="voc", feedback="classes/cup", judge="pairs")
     named = {"robustness": "a=", "segmentation": "voc21="}

@@ -10,12 +10,15 @@ from PIL import Image
 from diva_jax.data import inputs, pipeline
 
 
-def encoded(tag: int, width: int = 40, height: int = 30, form: str = "PNG", mode: str = "RGB") -> bytes:
-    """Returns an image of one colour that encodes its number: (tag // 256, tag % 256, 7)."""
-    image = Image.new("RGB", (width, height), (tag // 256, tag % 256, 7)).convert(mode)
+def saved(image: Image.Image, form: str = "PNG") -> bytes:
     data = io.BytesIO()
     image.save(data, form)
     return data.getvalue()
+
+
+def encoded(tag: int, width: int = 40, height: int = 30, form: str = "PNG", mode: str = "RGB") -> bytes:
+    """Returns an image of one colour that encodes its number: (tag // 256, tag % 256, 7)."""
+    return saved(Image.new("RGB", (width, height), (tag // 256, tag % 256, 7)).convert(mode), form)
 
 
 def tags(images: np.ndarray) -> list[int]:
@@ -27,10 +30,7 @@ def tags(images: np.ndarray) -> list[int]:
 def noise(seed: int, width: int = 64, height: int = 48) -> bytes:
     """Returns a JPEG of coarse noise, for which every crop box gives another result."""
     rng = np.random.default_rng(seed)
-    image = Image.fromarray(rng.integers(0, 256, (6, 8, 3), np.uint8)).resize((width, height))
-    data = io.BytesIO()
-    image.save(data, "JPEG")
-    return data.getvalue()
+    return saved(Image.fromarray(rng.integers(0, 256, (6, 8, 3), np.uint8)).resize((width, height)), "JPEG")
 
 
 def write_tar(path, members: dict[str, bytes], **kw) -> None:

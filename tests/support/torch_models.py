@@ -145,7 +145,6 @@ def write_model(folder: Path, model: torch.nn.Module) -> Path:
 
 @functools.cache
 def _sentencepiece() -> tempfile.TemporaryDirectory:
-    """A folder with a small SentencePiece model."""
     lines = Path(tarfile.__file__).read_text().splitlines() + Path(argparse.__file__).read_text().splitlines()
     lines = [s for line in lines for s in (line.strip(), siglip_clean(line)) if s]
     options = dict(vocab_size=900, pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2)

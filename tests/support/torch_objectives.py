@@ -28,7 +28,7 @@ def tower(p, arrays, part: str, spec) -> torch.nn.Module:
 
 
 class Generator:
-    """diffusers' frozen U-Net and VAE encoder, the text condition, and the cumulative products of the schedule."""
+    """diffusers' frozen U-Net, VAE encoder and schedule, and the text condition."""
 
     def __init__(self, p, arrays):
         from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
@@ -42,7 +42,7 @@ class Generator:
         assert all(k.startswith(("decoder.", "post_quant")) for k in missing.missing_keys)
         if "text_context" in arrays:
             self.text = torch.from_numpy(np.array(arrays["text_context"]))
-        self.abar = DDPMScheduler.from_config(d.scheduler.to_dict()).alphas_cumprod
+        self.schedule = DDPMScheduler.from_config(d.scheduler.to_dict())
 
     def latents(self, view: torch.Tensor) -> torch.Tensor:
         return self.vae.config.scaling_factor * self.vae.encode(view).latent_dist.mean

@@ -191,22 +191,12 @@ def test_a_checkpoint_is_recognised_and_its_shapes_tell_the_sizes(tower):
     assert sizes == {field: getattr(spec, field) for field in sizes}
 
 
-def attend(weights, q, k, v, heads):
-    """The variants written out: [B, N, D] thrice -> [B, N, D]."""
-
-    def split(x):
-        return x.unflatten(-1, (heads, -1)).transpose(1, 2)
-
-    def softmax(a, c):
-        return (split(a) @ split(c).mT / (a.shape[-1] // heads) ** 0.5).softmax(-1)
-
-    table = {
-        "plain": lambda: softmax(q, k),
-        "maskclip": lambda: torch.eye(q.shape[1]),
-        "sclip": lambda: softmax(q, q) + softmax(k, k),
-        "clearclip": lambda: softmax(q, q),
-    }[weights]()
-    return (table @ split(v)).transpose(1, 2).flatten(2)
+def attend(variant, q, k, v, heads):
+    """The variants of attention: [B, N, D] thrice -> [B, N, D]."""
+    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
+    pairs = {"plain": [(q, k)], "maskclip": [], "sclip": [(q, q), (k, k)], "clearclip": [(q, q)]}[variant]
+    found = sum(F.scaled_dot_product_attention(a, b, v) for a, b in pairs) if pairs else v
+    return found.transpose(1, 2).flatten(2)
 
 
 def dense_tokens(tower, images, last, spec):

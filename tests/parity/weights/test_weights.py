@@ -50,37 +50,28 @@ def model():
     return clip_model()
 
 
-@pytest.mark.parametrize("suffix", ["pt", "old.pth"])
+@pytest.mark.parametrize("suffix", ["pt", "old.pth", "safetensors"])
 @pytest.mark.parametrize("seed", range(6))
-def test_open_clip_pickles(model, tmp_path, seed, suffix):
-    """Bare, under the keys of training states, one in the other, and with the prefixes of modules around the model."""
+def test_open_clip_files(model, tmp_path, seed, suffix):
+    """With prefixes of modules around the model, pickles bare or under the keys of training states, one in the other.
+    Halves of both kinds are widened exactly; CustomTextCLIP's text tower has a prefix."""
     rng, path, tensors = np.random.default_rng(seed), tmp_path / f"weights.{suffix}", state_dict(model)
-    prefix = "".join(rng.choice(["module.", "_orig_mod.", "model."], seed % 3))
-    content = {prefix + k: v for k, v in tensors.items()}
-    for key in rng.choice(["state_dict", "model_state_dict", "model", "module"], seed // 2, replace=False):
-        content = {"epoch": 3, "optimizer_state_dict": {"state": {}}, "loss": torch.ones(3), str(key): content}
-    torch.save(content, path, _use_new_zipfile_serialization=suffix == "pt")
-    same_towers(path, tensors)
-
-
-@pytest.mark.parametrize("prefix", ["", "module."])
-@pytest.mark.parametrize("kind", ["float32", "half", "text."])
-def test_open_clip_safetensors(model, tmp_path, prefix, kind):
-    """Halves of both kinds are widened exactly; CustomTextCLIP's text tower has a prefix."""
-    tensors = state_dict(model)
+    kind, modules = ("float32", "half", "text.")[seed % 3], seed // 2
     if kind == "half":
         tensors = {k: v.to(torch.float16 if "ln" in k else torch.bfloat16) for k, v in tensors.items()}
     elif kind == "text.":
         tensors = state_dict(randomise(open_clip.CustomTextCLIP(**to_open_clip(CLIP)["model_cfg"])))
         tensors.pop("text.attn_mask", None)
-    save_file({prefix + k: v.contiguous() for k, v in tensors.items()}, tmp_path / "w.safetensors")
-    same_towers(tmp_path / "w.safetensors", {k.removeprefix("text."): v for k, v in tensors.items()})
-
-
-def test_held_in_the_dtype_asked_for(model, tmp_path):
-    tensors = state_dict(model)
-    torch.save(tensors, tmp_path / "w.pt")
-    loaded = weights.load(str(tmp_path / "w.pt"), CLIP, param_dtype=jnp.bfloat16)
+    prefix = "".join(rng.choice(["module.", "_orig_mod.", "model."], modules))
+    content = {prefix + k: v.contiguous() for k, v in tensors.items()}
+    if suffix == "safetensors":
+        save_file(content, path)
+    else:
+        for key in rng.choice(["state_dict", "model_state_dict", "model", "module"], modules, replace=False):
+            content = {"epoch": 3, "optimizer_state_dict": {"state": {}}, "loss": torch.ones(3), str(key): content}
+        torch.save(content, path, _use_new_zipfile_serialization=suffix == "pt")
+    same_towers(path, {k.removeprefix("text."): v for k, v in tensors.items()})
+    loaded = weights.load(str(path), CLIP, param_dtype=jnp.bfloat16)
     same(loaded, names.table("vision", CLIP), {k: v.bfloat16() for k, v in tensors.items()})
 
 

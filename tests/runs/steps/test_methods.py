@@ -118,13 +118,18 @@ def test_a_missing_tokenizer_names_the_field_that_is_read(files):
         refused(says, small.program(c).objective.inputs[name].tokenizer)
 
 
-@pytest.mark.parametrize("option, mode", [("ldm", "aligned"), ("processor", "exact")])
-def test_the_view_of_the_encoder(option, mode):
-    """tests/parity compares the aligned one with kornia's formula."""
-    module, _ = made(small.unclip_config(unclip__clip_view=option))
-    s, pixels = module.spec, uniform(2, 30)
-    want = preprocess.backbone_view(pixels, s.image_size, s.mean, s.std, mode)
-    np.testing.assert_array_equal(module.view(pixels), want)
+@pytest.mark.parametrize("option", ["ldm", "processor", "faithful", "exact"])
+def test_views_of_the_encoder_and_the_teacher(option):
+    """tests/parity compares `backbone_view` with PyTorch's functions and kornia's formula."""
+    pixels, mode = uniform(2, 30), "aligned" if option == "ldm" else "exact"
+    if option in ("ldm", "processor"):
+        module, _ = made(small.unclip_config(unclip__clip_view=option))
+        like, size, view = module.spec, module.spec.image_size, module.view(pixels)
+    else:
+        module = small.program(small.kuea_config(kuea__teacher_norm=option)).objective
+        like = module.taught_by if option == "exact" else module.spec
+        size, view = module.taught_by.image_size, module.teacher_view(pixels)
+    np.testing.assert_array_equal(view, preprocess.backbone_view(pixels, size, like.mean, like.std, mode))
 
 
 def test_losses_of_the_conditions():
