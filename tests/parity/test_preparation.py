@@ -282,12 +282,7 @@ def kornia_resize(x: torch.Tensor, size: int) -> torch.Tensor:
     sigma = max((x.shape[-1] / size - 1) / 2, 0.001)
     taps = int(max(4 * sigma, 3))
     taps += taps % 2 == 0
-    at = torch.arange(taps) - taps // 2
-    g = torch.exp(-(at**2) / (2 * sigma**2)).to(x)
-    kernel = torch.outer(g, g) / g.sum() ** 2
-    b, c, *_ = x.shape
-    padded = F.pad(x, (taps // 2,) * 4, mode="reflect")
-    blurred = F.conv2d(padded, kernel.expand(c, 1, taps, taps), groups=c)
+    blurred = TF.gaussian_blur(x, taps, sigma)  # Reflected at the edges.
     return F.interpolate(blurred, (size, size), mode="bicubic", align_corners=True)
 
 

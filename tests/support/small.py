@@ -146,11 +146,10 @@ def batch(p: Program, step: int) -> dict:
 
 
 class Trained(NamedTuple):
-    """A short run: metrics of each step by name; states before and after each, numpy; the last state on its devices."""
+    """A short run: metrics of each step by name; states before and after each, numpy."""
 
     metrics: dict[str, list[float]]
     states: list[dict]
-    state: dict
     frozen: dict
     program: Program
 
@@ -170,4 +169,4 @@ def train(c, steps: int, devices: int = 1, arrays=random_arrays) -> Trained:
         for name, value in found.items():
             metrics.setdefault(name, []).append(float(value))
         states.append(jax.tree.map(np.asarray, state))
-    return Trained(metrics, states, state, frozen, p)
+    return Trained(metrics, states, frozen, p)

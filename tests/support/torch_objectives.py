@@ -10,6 +10,7 @@ from flax import nnx
 from helpers import relative_error, within
 from torch.nn.functional import interpolate
 from torch_models import PREFIX, torch_tower
+from transformers import get_cosine_schedule_with_warmup
 
 from diva_jax.weights import names
 
@@ -75,16 +76,6 @@ def random_program(c):
     return p, small.random_arrays(p)
 
 
-def _schedule(optimizer, c):
-    """Linear warm-up from 0, then half a cosine."""
-    warm = math.ceil(c.optim.warmup * c.steps)
-
-    def factor(step):
-        return step / warm if step < warm else 0.5 * (1 + math.cos(math.pi * (step - warm) / (c.steps - warm)))
-
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-
-
 def compare_steps(p, arrays, parts, count, want_of, rtol, groups=None, after=lambda: None, bound=1e-3) -> list[float]:
     """Asserts that both train alike: the metrics of each step, then every trained tensor; returns the gradients' norms.
 
@@ -106,7 +97,7 @@ def compare_steps(p, arrays, parts, count, want_of, rtol, groups=None, after=lam
     else:
         options = dict(lr=o.lr, betas=(o.b1, o.b2), eps=o.eps, weight_decay=o.weight_decay)
         opt = torch.optim.AdamW(groups or trained.values(), **options)
-    schedule = _schedule(opt, c)
+    schedule = get_cosine_schedule_with_warmup(opt, math.ceil(c.optim.warmup * c.steps), c.steps)
     for i in range(count):
         batch = small.batch(p, i)
         want = want_of(i, batch, key)

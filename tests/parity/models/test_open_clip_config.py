@@ -4,7 +4,6 @@ import copy
 import dataclasses
 import functools
 import json
-from pathlib import Path
 
 import open_clip
 import pytest
@@ -31,10 +30,6 @@ MORE_NAMES += ("EVA02-L-14", "EVA02-L-14-336", "ViT-SO400M-16-SigLIP2-256")
 MORE_NAMES += ("ViT-SO400M-14-SigLIP", "ViT-SO400M-14-SigLIP-384")
 SIZES = ("image_size", "patch_size", "width", "layers", "heads", "mlp_dim", "embed_dim")
 ARCHITECTURE = ("arch", *SIZES, "activation", "norm_eps", "mean", "std", "text")
-
-
-def model_config(name: str) -> dict:
-    return json.loads((Path(open_clip.__file__).parent / "model_configs" / f"{name}.json").read_text())
 
 
 def on_meta(config: dict) -> torch.nn.Module:
@@ -76,7 +71,7 @@ def small(**kw) -> dict:
 
 @pytest.mark.parametrize("name", [*NAMES, *(pytest.param(n, marks=pytest.mark.slow) for n in MORE_NAMES)])
 def test_names_and_shapes_are_those_of_the_model_that_open_clip_builds(name):
-    config = model_config(name)
+    config = open_clip.get_model_config(name)
     spec = from_open_clip(config, name=name)
     same_towers(spec, config)
     written = to_open_clip(spec)
@@ -87,7 +82,7 @@ def test_names_and_shapes_are_those_of_the_model_that_open_clip_builds(name):
 @pytest.mark.parametrize("tag", TABLE)
 def test_table_rows_are_what_open_clip_names_and_come_back_from_their_export(tag):
     row = TABLE[tag]
-    spec = from_open_clip(model_config(row.open_clip_name), name=row.open_clip_name)
+    spec = from_open_clip(open_clip.get_model_config(row.open_clip_name), name=row.open_clip_name)
     assert {k: getattr(row, k) for k in ARCHITECTURE} == {k: getattr(spec, k) for k in ARCHITECTURE}
     config = json.loads(json.dumps(to_open_clip(row)))
     spec = from_open_clip(config, name=row.open_clip_name, source=row.source)
@@ -164,7 +159,7 @@ REFUSED["small"] += [[f"text_cfg__{option}", "another"] for option in occ._TEXT_
 def test_what_is_not_implemented_is_named(name):
     """Options that make another model; where they are left out, open_clip's own default may do so too."""
     for option, value in REFUSED[name]:
-        config = small() if name == "small" else model_config(name)
+        config = small() if name == "small" else open_clip.get_model_config(name)
         *tower, key = option.split("__")
         section = config[tower[0]] if tower else config
         section[key] = value
@@ -182,7 +177,7 @@ def test_other_files_and_other_preprocessing_are_refused():
 
 
 def test_preprocessing_left_out_is_open_clips_default_except_for_siglip():
-    config = model_config("ViT-B-16-SigLIP")
+    config = open_clip.get_model_config("ViT-B-16-SigLIP")
     assert from_open_clip(config).mean == HALF and from_open_clip(config).resize_mode == "squash"
     named = from_open_clip(dict(model_cfg=config, preprocess_cfg={"std": [0.1, 0.2, 0.3]}))
     assert (named.mean, named.std, named.resize_mode) == (OPENAI_MEAN, (0.1, 0.2, 0.3), "shortest")
