@@ -42,13 +42,15 @@ class Item:
 
 @dataclasses.dataclass(frozen=True)
 class _Row:
-    """A row of a file: `where` it is, for errors, its `value` as JSON has it, and the `folder` of the images."""
+    """A row of a file: `where` it is and the `task`, for errors, its `value` as JSON has it, and the `folder` of the
+    images."""
 
     file: Path
     where: str
     value: Any
     folder: Path
     is_file: Callable[[Path], bool]
+    task: str
 
     def field(self, name: str, kind: type | tuple[type, ...] = str) -> Any:
         """Returns a field; a UserError where the row is no object, or it is missing, empty or of another type."""
@@ -66,7 +68,7 @@ class _Row:
             if self.is_file(path):
                 return ImageRegion(path, box)
         problem = f"{self.where}: its image {str(self.folder / names[0])[:300]} does not exist"
-        raise UserError(f"{problem}: fetch it, or set --config.eval.choice.images to the folder of the images")
+        raise UserError(f"{problem}: fetch it, or set --config.eval.{self.task}.images to the folder of the images")
 
     def item(self, images: list[ImageRegion], words: Sequence[str], groups: Mapping[str, str] | None = None) -> Item:
         """Returns an item whose image i belongs to text i; further texts are wrong alternatives."""
@@ -238,12 +240,15 @@ def _csv_items(file: Path) -> Iterable[tuple[str, Any]]:
     return items.values()
 
 
-def read_items(file: Path, layout: str, images: Path) -> list[Item]:
-    """The items of a file in one of `LAYOUTS`; a UserError names the file and row that is wrong or whose image is."""
+def read_items(file: Path, layout: str, images: Path, task: str = "choice") -> list[Item]:
+    """The items of a file in one of `LAYOUTS`; a UserError, in terms of `task`, names the file and row that is wrong or
+    whose image is."""
     own_table = layout == "own" and file.suffix.lower() not in (".jsonl", ".json")
     rows = _csv_items(file) if own_table else _json_rows(file, layout in ("own", "winoground"))
     is_file = functools.cache(os.path.isfile)
-    items = [item for where, value in rows if (item := LAYOUTS[layout](_Row(file, where, value, images, is_file)))]
+    items = [
+        item for where, value in rows if (item := LAYOUTS[layout](_Row(file, where, value, images, is_file, task)))
+    ]
     if layout == "whatsup":
         _check_whatsup(items)
     if not items:

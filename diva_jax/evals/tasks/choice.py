@@ -65,21 +65,21 @@ class Published:
 TABLE = {row["file"]: Published(**row | {"metrics": _KINDS[row["metrics"]]}) for row in _TABLES["files"]}
 
 
-def published(path: Path, layout: str) -> list[tuple[Path, Published]]:
+def published(path: Path, layout: str, task: str = "choice") -> list[tuple[Path, Published]]:
     """The files to evaluate, each with its row of the table: a file, or those of published names in a folder. `layout`
-    is for other names. A UserError where nothing is there, or a file's layout is not known."""
+    is for other names. A UserError, in terms of `task`, where nothing is there, or a file's layout is not known."""
     if path.is_dir():
         here = [(path / file, row) for file, row in TABLE.items() if (path / file).is_file()]
         if not here:
             raise UserError(f"{path} has no file of a published set: give {listing(list(TABLE), 4)}, or your own")
         return here
     if not path.is_file():
-        raise UserError(f"--data=choice={path} does not exist: give the file of a set, or a folder of published files")
+        raise UserError(f"--data={task}={path} does not exist: give the file of a set, or a folder of published files")
     row = TABLE.get(path.name)
     if row is None or layout not in ("", row.layout):
         layout = layout or ("own" if path.suffix.lower() in (".csv", ".tsv", ".jsonl") else "")
         if not layout:
-            raise UserError(f"{path} has no published name: set --config.eval.choice.layout to {listing(LAYOUTS)}")
+            raise UserError(f"{path} has no published name: set --config.eval.{task}.layout to {listing(LAYOUTS)}")
         alike = {row.layout: row.metrics for row in TABLE.values()}
         row = Published(path.name, path.stem, layout, None, alike.get(layout, PAIRED))
     return [(path, row)]
@@ -97,12 +97,12 @@ def scored(row: Published, items: list[Item]) -> Iterator[tuple[str, list[Item],
         yield f"{row.name}_set", joined(items, "set"), PAIRED[-1:]
 
 
-def read_set(file: Path, row: Published, images: str, allow_partial: bool) -> list[Item]:
+def read_set(file: Path, row: Published, images: str, allow_partial: bool, task: str = "choice") -> list[Item]:
     """The checked items of a file; `images` is their folder, by default the file's. A UserError names the file and row
     that is wrong; another number of items than the published one is only allowed with `allow_partial`."""
-    items = read_items(file, row.layout, Path(images).expanduser() if images else file.parent)
+    items = read_items(file, row.layout, Path(images).expanduser() if images else file.parent, task)
     if row.count is not None and not allow_partial:
-        require_count(file, len(items), row.count, "the published set", "items", "choice.allow_partial")
+        require_count(file, len(items), row.count, "the published set", "items", f"{task}.allow_partial")
     return items
 
 
@@ -129,7 +129,7 @@ def counted(metric: Metric, right: np.ndarray, items: Sequence[Item]) -> Values:
 class Choice(ItemTask):
     """The task on `path`: the file of a set, or a folder with files of published names."""
 
-    title, items, section_type = "Choices", "items", ChoiceOptions
+    title, items, section_type, task = "Choices", "items", ChoiceOptions, "choice"
 
     def __init__(self, path: str, section: ConfigDict, settings: Settings):
         self.options, self.settings, where = self.section_type(**section), settings, Path(path).expanduser()
@@ -155,8 +155,8 @@ class Choice(ItemTask):
 
     def read(self, path: Path, options: ChoiceOptions) -> Iterator[tuple[Published, list[Item]]]:
         """Yields the sets at a path, each with its items, checked."""
-        for file, row in published(path, options.layout):
-            yield row, read_set(file, row, options.images, options.allow_partial)
+        for file, row in published(path, options.layout, self.task):
+            yield row, read_set(file, row, options.images, options.allow_partial, self.task)
 
     def rows_of(self, item: Item) -> tuple[list[int], list[int]]:
         """The numbers of an item's images in `images`, and of its texts in `texts`."""

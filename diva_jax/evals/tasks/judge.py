@@ -50,7 +50,7 @@ class JudgeOptions(ChoiceOptions):
 class Judge(Choice):
     """The task on `path`, as the task `choice` has it, or the folder of an MMVP-VLM."""
 
-    title, section_type, compared_in_training = "Generator as a judge", JudgeOptions, False
+    title, section_type, task, compared_in_training = "Generator as a judge", JudgeOptions, "judge", False
 
     def __init__(self, path: str, section: ConfigDict, settings: Settings):
         super().__init__(path, section, settings)

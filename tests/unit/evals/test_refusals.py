@@ -33,7 +33,7 @@ def good(tmp_path_factory):
 
 
 def opened(task, path, **options):
-    partial = {"allow_partial": True} if task in ("choice", "robustness", "segmentation") else {}
+    partial = {"allow_partial": True} if task in ("choice", "judge", "robustness", "segmentation") else {}
     eval_data.prepared(task, path, **partial | options).bind(eval_data.eval_config(EVAL_CLIP, "x"), None)
 
 
