@@ -137,12 +137,8 @@ def test_time_of_an_all_reduce():
 TEXT = (Path(__file__).parent / "step.hlo.txt").read_text()
 
 
-@pytest.fixture(scope="module")
-def report():
-    return hlo.analyse(TEXT, chips.CHIPS["v5e"])
-
-
-def test_operations_in_loops_parts_kinds_and_traffic(report):
+def test_operations_in_loops_parts_kinds_and_traffic():
+    report = hlo.analyse(TEXT, chips.CHIPS["v5e"])
     product, kernel = 2 * 32 * 64 * 16, 2 * 2 * 2 * 4 * 64 * 256 * 128
     assert report["flops"] == 3 * product and report["kernel_flops"] == 3 * kernel
     assert report["kernel_ms"] == pytest.approx(1e3 * 3 * kernel / 197e12)

@@ -13,7 +13,6 @@ import diva_jax
 from diva_jax import demo
 from diva_jax.api import read_config
 from diva_jax.data import images
-from diva_jax.evals import encode
 from diva_jax.training.step import train_step
 from diva_jax.weights import parts
 
@@ -33,19 +32,13 @@ def encoder(clip):
     return diva_jax.load(clip, batch_size=8)
 
 
-@pytest.fixture(scope="module")
-def expected(clip):
-    """Of each image, by the model itself."""
-    model = parts.load(str(clip), EVAL_CLIP)
+def test_every_form_of_images(encoder, clip, tmp_path):
+    """As the model itself computes each image."""
     spec = EVAL_CLIP
-    pixels = np.stack([encode.images.prepare(patch(i), spec.image_size, spec.resize_mode, spec.interpolation)
-                       for i in range(COUNT)])  # fmt: skip
+    pixels = [images.prepare(patch(i), spec.image_size, spec.resize_mode, spec.interpolation) for i in range(COUNT)]
+    pixels = np.stack(pixels)
     x = (pixels / np.float32(255) - np.float32(spec.mean)) / np.float32(spec.std)
-    return pixels, np.asarray(model.encode(x.astype(np.float32)).pooled)
-
-
-def test_every_form_of_images(encoder, expected, tmp_path):
-    pixels, want = expected
+    want = np.asarray(parts.load(str(clip), spec).encode(x.astype(np.float32)).pooled)
     files, given = [tmp_path / f"{i}.png" for i in range(COUNT)], [patch(i) for i in range(COUNT)]
     for image, file in zip(given, files, strict=True):
         file.write_bytes(encoded(image))

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import commands
 import pytest
+import trees
 from etils import epath
 from gcsfs.retry import HttpError
 from helpers import refused
@@ -101,35 +102,29 @@ def test_what_a_bucket_refuses_is_a_sentence_and_no_damage(monkeypatch, code):
         refused(rf"gs://b/\S+ cannot be read \(HttpError: refused, {code}\): check", read)
 
 
-@pytest.fixture
-def workdir(tmp_path, monkeypatch):
-    """A folder on the path whose module leaves a file when it is executed."""
-    monkeypatch.setattr(config_files, "_trusted", set())
-    monkeypatch.setattr(config_files, "_trusts_all", False)
-    monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "foreign").mkdir()
-    (tmp_path / "foreign/evil.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'w')")
-    return tmp_path / "foreign"
-
-
 @pytest.mark.parametrize("config", [
     {"objective": "foreign.evil"},
     {"objective": "diva", "diffusion": {"vae": {"_class_name": "foreign.evil.Code"}}},
     {"objective": "genhancer", "genhancer": {"vae": {"code": "foreign.evil.Code"}}},
 ])  # fmt: skip
-def test_a_workdir_executes_nothing(workdir, config, monkeypatch):
-    (workdir / "config.json").write_text(json.dumps(config))
+def test_a_workdir_executes_nothing(tmp_path, config, monkeypatch):
+    """The module on the path would leave a file."""
+    monkeypatch.setattr(config_files, "_trusted", set())
+    monkeypatch.setattr(config_files, "_trusts_all", False)
+    monkeypatch.syspath_prepend(tmp_path)
+    executed = tmp_path / "executed"
+    trees.change(tmp_path, {"foreign/evil.py": f"open({str(executed)!r}, 'w')", "foreign/config.json": config})
     says = "names the module 'foreign.evil', which would be executed.*--trust_objective"
-    refused(says, workdirs.read_config, workdir)
+    refused(says, workdirs.read_config, tmp_path / "foreign")
     assert page._defaults(config | {"backbone": {}}) is None or config["objective"] != "foreign.evil"
-    assert not (workdir.parent / "executed").exists()
+    assert not executed.exists()
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "foreign.evil", config_files)
-        assert workdirs.read_config(workdir).to_dict() == config
+        assert workdirs.read_config(tmp_path / "foreign").to_dict() == config
     for trusted in ((config,), ()):
         config_files._trusted.clear()
         config_files.trust(*trusted)
-        assert workdirs.read_config(workdir).to_dict() == config
+        assert workdirs.read_config(tmp_path / "foreign").to_dict() == config
     # Names that are no paths, and those of the package, are no modules.
     vae = {"_class_name": "AutoencoderKL", "code": "diva_jax.world.patch_code.PatchCodeConfig", "file": "a.b"}
     config_files.check_stored({"objective": "diva_jax.world.objectives.clip", "diffusion": {"vae": vae}}, "w")

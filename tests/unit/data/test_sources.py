@@ -23,22 +23,16 @@ from diva_jax.data.sources import FolderSource, TfdsSource, open_source
 from diva_jax.data.tars import TarSource
 
 
-@pytest.fixture
-def shards(tmp_path):
-    folder = tmp_path / "shards"
-    folder.mkdir()
-    for i in range(12):
-        write_tar(folder / f"{i:05d}.tar", {f"{i}.jpg": noise(i), f"{i}.txt": b"caption"})
-    return folder
-
-
 def names(source):
     return [source.name(i) for i in range(len(source))]
 
 
-def test_tars_by_file_folder_glob_and_braces(shards, monkeypatch):
+def test_tars_by_file_folder_glob_and_braces(tmp_path, monkeypatch):
+    (shards := tmp_path / "shards").mkdir()
+    for i in range(12):
+        write_tar(shards / f"{i:05d}.tar", {f"{i}.jpg": noise(i), f"{i}.txt": b"caption"})
     expected = [f"{i:05d}.tar/{i}.jpg" for i in range(12)]
-    monkeypatch.setenv("HOME", str(shards.parent))
+    monkeypatch.setenv("HOME", str(tmp_path))
     for path in (shards, "~/shards", f"{shards}/*.tar", f"{shards}/{{00000..00011}}.tar"):
         assert names(open_source(str(path))) == expected
     assert names(open_source(f"{shards}/0000[2-4].tar")) == expected[2:5]
@@ -96,24 +90,18 @@ def test_a_store_that_refuses(monkeypatch):
     refused("config.data.path='a.tar' cannot be read .*403 Forbidden.: check it, the network", open_source, "a.tar")
 
 
-@pytest.fixture(scope="module")
-def tfds_dir(tmp_path_factory):
+def test_tfds_without_tensorflow(tmp_path):
     def features(kinds):
         image = kinds.Image(shape=(None, None, 3))
         return {"image": image, "mask": image, "label": kinds.Text()}
 
     examples = [{"image": io.BytesIO(encoded(i)), "mask": io.BytesIO(encoded(100 + i)), "label": "x"} for i in range(5)]
-    folder = tmp_path_factory.mktemp("tfds")
-    write_tfds(folder, "Tagged", "train", features, examples)
-    return folder
-
-
-def test_tfds_without_tensorflow(tfds_dir):
-    source = open_source(f"tfds:tagged/train?data_dir={tfds_dir}&image=image")
+    write_tfds(tmp_path, "Tagged", "train", features, examples)
+    source = open_source(f"tfds:tagged/train?data_dir={tmp_path}&image=image")
     assert isinstance(source, TfdsSource) and not source.has_text
     assert sorted(source.read(i)[1] for i in range(5)) == sorted(encoded(i) for i in range(5))
     assert source.name(3) == "tfds:tagged/train[3]"
-    masks = open_source(f"tfds:tagged:1.0.0/train[:40%]?data_dir={tfds_dir}&image=mask&text=label")
+    masks = open_source(f"tfds:tagged:1.0.0/train[:40%]?data_dir={tmp_path}&image=mask&text=label")
     assert len(masks) == 2 and masks.read(0)[1] in [encoded(100 + i) for i in range(5)]
     assert masks.has_text and masks.read(0).text == "x" and masks.read(0, with_text=False).text is None
     assert "tensorflow" not in sys.modules
@@ -126,7 +114,7 @@ def test_tfds_without_tensorflow(tfds_dir):
         ("tfds:tagged/test?data_dir={dir}&image=mask", "cannot be read"),
         ("tfds:no_such_set/train?data_dir={dir}", "cannot be read"),
     ):
-        assert "config.data.path" in refused(complaint, open_source, spec.format(dir=tfds_dir))
+        assert "config.data.path" in refused(complaint, open_source, spec.format(dir=tmp_path))
 
 
 def test_without_scikit_image(tmp_path, monkeypatch):

@@ -77,23 +77,17 @@ def test_tars_in_clip_benchmarks_layout(tmp_path):
     assert set(prepare(root).metrics) == {"acc1", "mean_per_class_recall"}
 
 
-@pytest.fixture(scope="module")
-def tfds_dir(tmp_path_factory):
+def test_tfds(tmp_path):
     def features(kinds):
         return {"image": kinds.Image(shape=(None, None, 3)), "label": kinds.ClassLabel(names=NAMES)}
 
     examples = [{"image": io.BytesIO(encoded(patch(i))), "label": label} for i, label in enumerate(LABELS)]
-    folder = tmp_path_factory.mktemp("tfds")
-    write_tfds(folder, "Labelled", "test", features, examples)
-    return folder
-
-
-def test_tfds(tfds_dir):
-    task = prepare(f"tfds:labelled/test?data_dir={tfds_dir}")
+    write_tfds(tmp_path, "Labelled", "test", features, examples)
+    task = prepare(f"tfds:labelled/test?data_dir={tmp_path}")
     assert sorted(task.images.targets) == LABELS and task.classes == NAMES
     sizes = sorted(task.images.read(i).size for i in range(task.count))
     assert sizes == sorted(patch(i).size for i in range(len(LABELS)))
-    refused("no class label 'x', only label", prepare, f"tfds:labelled/test?label=x&data_dir={tfds_dir}")
+    refused("no class label 'x', only label", prepare, f"tfds:labelled/test?label=x&data_dir={tmp_path}")
 
 
 def written(folder, value) -> str:

@@ -12,16 +12,6 @@ from diva_jax.evals.tasks import drift, retrieval, robustness, zeroshot
 
 COUNT, DIM = 40, 12
 
-prepare = partial(prepared, "drift", neighbours=5)
-
-
-@pytest.fixture(scope="module")
-def task(tmp_path_factory):
-    root = tmp_path_factory.mktemp("drift")
-    for i in range(COUNT):
-        write_image(root / f"{i % 3}" / f"{i}.png", i)
-    return prepare(root)
-
 
 class Given(FakeModel):
     def __init__(self, embeddings, label="fake"):
@@ -29,12 +19,12 @@ class Given(FakeModel):
         self.draw, self.label = lambda *shape: embeddings, label
 
 
-@pytest.fixture(scope="module")
-def embeddings():
-    return np.random.default_rng(0).standard_normal((COUNT, DIM)) + 0.5
+def test_drift_of_what_is_unmoved_turned_and_moved(tmp_path):
+    for i in range(COUNT):
+        write_image(tmp_path / f"{i % 3}" / f"{i}.png", i)
+    task = prepared("drift", tmp_path, neighbours=5)
+    embeddings = np.random.default_rng(0).standard_normal((COUNT, DIM)) + 0.5
 
-
-def test_drift_of_what_is_unmoved_turned_and_moved(task, embeddings):
     def compared(after, label="fake"):
         return task.compare(task.evaluate(Given(embeddings)), task.evaluate(Given(after, label)))
 
@@ -74,20 +64,14 @@ CAPTIONS = [[f"caption {j} of {i}" for j in range(1 + i % 5)] for i in range(CAP
 retrieval_task = partial(prepared, "retrieval")
 
 
-@pytest.fixture
-def table(tmp_path):
+def test_captions_of_an_image_belong_together(tmp_path):
+    """Recalls are compared with clip_benchmark's in tests/parity."""
     rows = ["image,caption,note"]
     for i, captions in enumerate(CAPTIONS):
         write_image(tmp_path / f"{i}.png", i)
         rows += [f'{i}.png,"{caption}",x' for caption in captions]
-    path = tmp_path / "captions.csv"
-    path.write_text("\n".join(rows))
-    return path
-
-
-def test_captions_of_an_image_belong_together(table):
-    """Recalls are compared with clip_benchmark's in tests/parity."""
-    task = retrieval_task(table)
+    (tmp_path / "captions.csv").write_text("\n".join(rows))
+    task = retrieval_task(tmp_path / "captions.csv")
     assert task.count == CAPTIONED and task.texts == [c for captions in CAPTIONS for c in captions]
     model, found, compared = evaluated(task)
     assert model.sizes[0] == [patch(i).size for i in range(CAPTIONED)]
@@ -135,12 +119,6 @@ def write(root, folders):
     return root
 
 
-@pytest.fixture
-def robustness_task(tmp_path):
-    (tmp_path / "templates.json").write_text('["a {c}", "the {c}."]')
-    return partial(prepared, "robustness", allow_partial=True, templates=str(tmp_path / "templates.json"))
-
-
 def test_classes_are_those_of_numbers_wnids_and_objectnets_overlap(tmp_path):
     """Sorted as text, 10 and 100 would come before 2; of two of the sets tests/parity has timm's indices."""
     found = robustness.read_set("v2", write(tmp_path / "numbers", ["2", "10", "100", "0"]), True)
@@ -169,9 +147,11 @@ def write_objectnet(root):
     return root
 
 
-def test_each_set_is_classified_among_its_own_classes(tmp_path, robustness_task):
+def test_each_set_is_classified_among_its_own_classes(tmp_path):
+    (templates := tmp_path / "templates.json").write_text('["a {c}", "the {c}."]')
     write(tmp_path / "a", IDS[5:9]), write_objectnet(tmp_path / "o")
-    task = robustness_task(f"a={tmp_path}/a,objectnet={tmp_path}/o")
+    sets = f"a={tmp_path}/a,objectnet={tmp_path}/o"
+    task = prepared("robustness", sets, allow_partial=True, templates=str(templates))
     model, found, compared = evaluated(task)
     for (prefix, data), pooled in zip(task.classified.items(), model.pooled, strict=True):
         texts = [[model.words[f"a {c}"], model.words[f"the {c}."]] for c in data.classes]

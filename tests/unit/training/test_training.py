@@ -228,15 +228,10 @@ def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere(monkeypatch, capsys
     assert len(told) == count and told[0] == "compiling: 0 min so far"
 
 
-@pytest.fixture
-def wandb(monkeypatch):
-    fake = mock.MagicMock()
-    fake.init.return_value = fake
-    monkeypatch.setitem(sys.modules, "wandb", fake)
-    return fake
-
-
-def test_wandb_gets_the_same_rows_and_one_run_per_workdir(tmp_path, wandb):
+def test_wandb_gets_the_same_rows_and_one_run_per_workdir(tmp_path, monkeypatch):
+    wandb = mock.MagicMock()
+    wandb.init.return_value = wandb
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
     for step in (0, 2):
         writer = metrics.Writer(tmp_path / "a", step, tensorboard=False, wandb="mine", config={"steps": 9})
         writer.write(step + 1, {"loss": 1.0 + step})

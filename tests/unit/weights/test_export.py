@@ -101,29 +101,20 @@ def test_scores_are_those_of_the_exported_weights(tmp_path):
     refused("none.json is not a results.json", publish.scores_of, str(tmp_path / "none.json"), "w", None)
 
 
-@pytest.fixture
-def hub(monkeypatch):
-    hub = mock.MagicMock()
-    hub.upload_folder.return_value = "https://hub/me/tuned"
-    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: hub)
-    return hub
-
-
-@pytest.fixture
-def written(monkeypatch):
-
-    def export(source, spec, out, fmt, *, dtype, card, hub):
-        out.mkdir()
-        (out / "README.md").write_text(card)
-
-    monkeypatch.setattr(layouts, "export", export)
-
-
 def push(clip, out, repo="me/tuned"):
     publish.export(clip.where, out, "hf", "float32", publish.ExportOptions("mit", push_to_hub=repo), run=False)
 
 
-def test_the_export_is_pushed_to_a_hub_that_is_checked_before_anything_is_written(clip, tmp_path, hub, written, capsys):
+def test_the_export_is_pushed_to_a_hub_that_is_checked_before_anything_is_written(clip, tmp_path, monkeypatch, capsys):
+    hub = mock.MagicMock()
+    hub.upload_folder.return_value = "https://hub/me/tuned"
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: hub)
+
+    def export(source, spec, out, fmt, *, card, **_):
+        out.mkdir()
+        (out / "README.md").write_text(card)
+
+    monkeypatch.setattr(layouts, "export", export)
     push(clip, tmp_path / "out")
     assert [name for name, _, _ in hub.method_calls] == ["whoami", "create_repo", "upload_folder"]
     kw = hub.upload_folder.call_args.kwargs

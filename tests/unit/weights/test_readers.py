@@ -190,18 +190,12 @@ def test_positions_are_stretched_as_long_clip_does_it(old, kept, width):
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("clip")
-    demo.write_clip(folder, small.SPEC)
-    return folder
-
-
 def longer(**changes):
     return dataclasses.replace(small.SPEC, text=dataclasses.replace(small.SPEC.text, **changes))
 
 
-def test_a_checkpoint_is_stretched_only_where_that_is_asked_for(folder):
+def test_a_checkpoint_is_stretched_only_where_that_is_asked_for(tmp_path):
+    demo.write_clip(folder := tmp_path / "clip", small.SPEC)
     stored = np.asarray(formats.open_file(folder / "open_clip_model.safetensors")["positional_embedding"])
     text = weights.load(str(folder), longer(context_length=248, kept_positions=20), tower="text")
     np.testing.assert_array_equal(text.pos_embed[...], names.stretch(stored, 248, 20))
