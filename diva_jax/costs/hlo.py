@@ -6,11 +6,11 @@ memory space, and each loop its trip count.
 """
 
 import collections
-import dataclasses
 import functools
 import math
 import re
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import jax
 
@@ -33,8 +33,7 @@ _NO_WORK = ("AllocateBuffer", "ConcatBitcast")
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 
 
-@dataclasses.dataclass(frozen=True)
-class Array:
+class Array(NamedTuple):
     """An array of a type, as HLO has it: dtype, shape, and layout (axes from minor to major, tiles, memory)."""
 
     dtype: str
@@ -47,8 +46,7 @@ class Array:
         return math.prod(self.dims) * _WIDTH.get(self.dtype, 4)
 
 
-@dataclasses.dataclass
-class Op:
+class Op(NamedTuple):
     """One instruction, e.g. "fusion.6" of kind "fusion"; operands are in the same computation, `rest` is its text from
     them on. `path` is the origin in the traced program, e.g. "jit(step)/while/body/unet/conv", or ""; `cycles` are
     those of one execution as estimated by the compiler, 0 for a kernel; `target` is that of a custom call, e.g.
@@ -86,8 +84,7 @@ class Computation(dict[str, Op]):
         return op.path
 
 
-@dataclasses.dataclass
-class HloModule:
+class HloModule(NamedTuple):
     """A parsed HLO module: its computations by name, and the name of the entry computation."""
 
     computations: dict[str, Computation]
@@ -260,10 +257,7 @@ def kernel_flops(op: Op, computation: Computation, side: int = 1) -> int:
     found = _KERNEL.search(op.path)
     if op.target != "tpu_custom_call" or not found:
         return 0
-
-    def padded(length: int) -> int:
-        return -(-length // side) * side
-
+    padded = lambda length: -(-length // side) * side  # noqa: E731
     name, number = found.group(1), int(found.group(2))
     first, second = (arrays(computation[o].type)[0].dims for o in op.operands[:2])
     if name in _FLASH:  # q, [B, H*D, N], and k, [B, H*D, M].

@@ -1,8 +1,8 @@
 """The report's charts: functions that draw data in a figure of a given width."""
 
-import dataclasses
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -19,8 +19,7 @@ _PLOT_HEIGHT, _AXIS_HEIGHT, _HALF_LABEL = 176, 42, 8
 _WHISKER = {"fmt": "none", "ecolor": LIGHT["ink"], "alpha": 0.65, "elinewidth": 1.2, "capthick": 1.2, "clip_on": False}
 
 
-@dataclasses.dataclass(frozen=True)
-class Series:
+class Series(NamedTuple):
     """A curve: its name, the index of its colour, points (x, y), and one (low, high) or None for each, if any."""
 
     name: str
@@ -34,8 +33,7 @@ def legend(data: Sequence[Series]) -> list[tuple[str, int]]:
     return [(s.name, s.index) for s in data]
 
 
-@dataclasses.dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """A labelled row of bars; `values` is [(series name, series index, value, interval or None, tooltip)]."""
 
     label: str

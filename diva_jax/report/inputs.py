@@ -1,9 +1,8 @@
 """Reads what a report is made of, which may come from elsewhere: results.json of an evaluation, metrics.jsonl and
 config.json of a run. Every value that is shown has its declared type, through `common.json_files`."""
 
-import dataclasses
 import shlex
-from typing import Any
+from typing import Any, NamedTuple
 
 from etils import epath
 
@@ -35,8 +34,7 @@ class ImageRows(Record):
     rows: list[list[CaptionedImage]]
 
 
-@dataclasses.dataclass(frozen=True)
-class Run:
+class Run(NamedTuple):
     """A training run: the name of the workdir, the index of its colour (that of the first weights of this run, if an
     evaluation has some), the labels of these weights, config.json, the rows of metrics.jsonl by step, and when and
     where it ran (see `training.metrics.Writer`)."""
@@ -76,8 +74,7 @@ class Run:
         return sum(a for a, b in zip(clock, [*clock[1:], -1.0], strict=True) if b < a)
 
 
-@dataclasses.dataclass(frozen=True)
-class Inputs:
+class Inputs(NamedTuple):
     """The content of a report in `folder`: results.json, if any, in which readouts of a task that are the same are one
     metric; the training runs; and images.json, if any."""
 

@@ -114,9 +114,6 @@ def neighbours(
     return np.concatenate(parts)
 
 
-_TEST_FOLDERS = ("test", "val")
-
-
 @dataclasses.dataclass(frozen=True)
 class ProbeOptions:
     """The section `config.eval.probe`."""
@@ -144,7 +141,7 @@ def splits(path: str) -> tuple[str, str]:
             raise UserError(f"--data=probe={path} {wrong}: it must read train=PATH,test=PATH")
         return train, test
     root = Path(path).expanduser()
-    name = next((name for name in _TEST_FOLDERS if (root / name).is_dir()), None)
+    name = next((name for name in ("test", "val") if (root / name).is_dir()), None)
     if name is None or not (root / "train").is_dir():
         raise UserError(f"{root} has no folders train and test: give one that has, or train=PATH,test=PATH")
     return str(root / "train"), str(root / name)

@@ -5,10 +5,9 @@ An option that our modules do not implement is an error that names it; it never 
 tower's options are read and written by its architecture's module, with the functions here.
 """
 
-import dataclasses
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from diva_jax.common.errors import UserError, listing
 from diva_jax.common.fields import between, one_of
@@ -37,8 +36,7 @@ _RESIZE_MODES, _INTERPOLATIONS = ("shortest", "squash"), ("bicubic", "bilinear")
 _XLM_TOKENIZER = "facebook/xlm-v-base"
 
 
-@dataclasses.dataclass(frozen=True)
-class Checkpoint:
+class Checkpoint(NamedTuple):
     """The checkpoints of an architecture. `mark` is the tensor, without `visual.`, by which they are recognised;
     `vision` and `text` are the tables between our towers and open_clip's names, `text` None without a text tower;
     `positions` the learned position embeddings. `sizes` are the names of the patch embedding's weight, of the blocks,
@@ -60,7 +58,7 @@ class Checkpoint:
     preprocess: Mapping[str, Any]
     library: str
     timm: dict[str, Mapping[str, Any]]
-    timm_options: Mapping[str, tuple] = dataclasses.field(default_factory=dict)
+    timm_options: Mapping[str, tuple] = {}
 
     def shapes(self, tensors: Mapping, fc1: str = "") -> dict[str, Any]:
         """The fields of `Spec` that a checkpoint's shapes tell: all but the heads and the activation. `fc1` is another

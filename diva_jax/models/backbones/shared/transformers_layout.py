@@ -4,9 +4,8 @@ A `Recipe` says how some tensors of one side make some of the other: joined alon
 reshaped, and split again. Values are moved, never computed, so both ways are exact; `weights.names` carries them out.
 """
 
-import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from diva_jax.common.errors import UserError, brief, listing
 from diva_jax.common.fields import between, one_of
@@ -16,8 +15,7 @@ from diva_jax.models.library_config import LibraryConfig, packaged
 _RECIPES = packaged(__file__, "transformers.json")
 
 
-@dataclasses.dataclass(frozen=True)
-class Recipe:
+class Recipe(NamedTuple):
     """`open_clip` tensors, one after the other, hold the same rows as the `hf` ones. The rows divide among the
     open_clip names as `shares`, among hf names evenly. `transposed`: the matrix is [in, out] in open_clip and [out, in]
     in transformers. `lead`: a leading axis of 1 that open_clip has and transformers has not (-1: the other way round).
@@ -30,8 +28,7 @@ class Recipe:
     lead: int = 0
 
 
-@dataclasses.dataclass(frozen=True)
-class Layout:
+class Layout(NamedTuple):
     """The model of an architecture in transformers: `model_type` in config.json -> the class of the whole model. `mark`
     is how the names of tensors begin that tell the folder's layout; `recipes` are those of every tensor of the whole
     model. `from_config` is (config.json, preprocessor_config.json or {}, the folder for messages) -> (spec, the fields
