@@ -247,11 +247,10 @@ def declared(objective: str) -> dict[str, fields.Field]:
     """The declarations of all fields of an objective's configs, by dotted path."""
     method = objectives.find(objective)
     sections = {"backbone": backbones.Spec} | {name: SECTIONS[name] for name in getattr(method, "SECTIONS", ())}
-    out = fields.declared(RunOptions)
-    for name, section in sections.items():
-        out |= fields.declared(section, f"{name}.")
-    own = {objectives.section(objective): fields.declared_by(method), "eval": evals.declared(evals.names())}
-    return out | {f"{name}.{path}": f for name, section in own.items() for path, f in section.items()}
+    known = {name: fields.declared(section) for name, section in sections.items()}
+    known |= {objectives.section(objective): fields.declared_by(method), "eval": evals.declared(evals.names())}
+    inside = {f"{name}.{path}": f for name, section in known.items() for path, f in section.items()}
+    return fields.declared(RunOptions) | inside
 
 
 def described(config: ConfigDict) -> list[tuple[str, str, str]]:

@@ -15,7 +15,7 @@ import dataclasses
 import pkgutil
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -169,8 +169,7 @@ AT = 5
 _RECALL = "mean_per_class_recall"
 
 
-@dataclasses.dataclass(frozen=True)
-class Values:
+class Values(NamedTuple):
     """What a metric is the mean of: values [N], one per item, 0 to 1, with the `strata` or `clusters` of
     `stats.bootstrap`. `tested` is whether two sets of weights are compared by McNemar's test, which takes items for
     independent; an item whose value is above one half counts as right."""
@@ -243,8 +242,7 @@ class ItemTask(Task):
         return {"scores": scores}
 
 
-@dataclasses.dataclass(frozen=True)
-class Classified:
+class Classified(NamedTuple):
     """Labelled images, with targets from 0, and how they are classified. `title` is empty where there is only one such
     set or classifier; `at5` is whether the accuracy @5 is scored; `prompts` are the texts of each class, if any."""
 

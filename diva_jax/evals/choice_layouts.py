@@ -1,11 +1,10 @@
 """Layouts of image-and-text choices: how the files of published sets, and of one's own, are read."""
 
-import dataclasses
 import functools
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 from diva_jax.common import json_files
 from diva_jax.common.errors import UserError, brief
@@ -19,16 +18,14 @@ _AXES = dict.fromkeys(("left", "right"), "sides") | dict.fromkeys(("on", "under"
 _AXES |= dict.fromkeys(("in-front", "behind"), "depths")
 
 
-@dataclasses.dataclass(frozen=True)
-class ImageRegion:
+class ImageRegion(NamedTuple):
     """An image file, and the part of it that is shown: (left, top, right, bottom) in pixels, or None for all."""
 
     path: Path
     box: tuple[int, int, int, int] | None = None
 
 
-@dataclasses.dataclass(frozen=True)
-class Item:
+class Item(NamedTuple):
     """One question: `where` it is, for errors and predictions, what is shown, and the (image, text) numbers that belong
     together. Every image has a text; a text without an image is a wrong alternative. `groups`: kind of group ("class",
     "pair", "set", "pattern") -> label; scores are reported by pattern."""
@@ -37,11 +34,10 @@ class Item:
     images: tuple[ImageRegion, ...]
     texts: tuple[str, ...]
     right: tuple[tuple[int, int], ...] = ((0, 0),)
-    groups: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    groups: Mapping[str, str] = {}
 
 
-@dataclasses.dataclass(frozen=True)
-class _Row:
+class _Row(NamedTuple):
     """A row of a file: `where` it is and the `task`, for errors, its `value` as JSON has it, and the `folder` of the
     images."""
 
@@ -166,7 +162,7 @@ def _whatsup_qa(row: _Row) -> Item:
 
 def _valse(row: _Row) -> Item | None:
     """VALSE (arXiv 2112.07566): an object of {image_file, caption, foil, mturk}; None where annotators reject it."""
-    votes = dataclasses.replace(row, where=f"{row.where}, mturk", value=row.field("mturk", dict))
+    votes = row._replace(where=f"{row.where}, mturk", value=row.field("mturk", dict))
     if votes.field("caption", int) < _MIN_VOTES:
         return None
     name = row.field("image_file")

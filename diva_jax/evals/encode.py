@@ -278,8 +278,7 @@ def each(given: Sequence[origins.Place], labels: Sequence[str], config, mesh: Me
         del encoder  # Its memory is free while the next is loaded.
 
 
-@dataclasses.dataclass(frozen=True)
-class Model:
+class Model(NamedTuple):
     """One set of weights, in the form that tasks use, with its label in results; `table` is text -> row of
     `embeddings`, which are those of all texts in `Task.texts`, float32 [T, D], not normalised."""
 

@@ -25,8 +25,10 @@ from jax.experimental.pallas import tpu as pltpu
 from diva_jax.models.layers import geglu_gradient, normal_cdf
 from diva_jax.models.platform import LANES, Array, dot, tile
 
-# Names of the kernels in compiled programs, followed by the head dim; costs/hlo.py counts their FLOPs by these names.
+# Names of the kernels in compiled programs, followed by the head dim or by the number of hidden units; costs/hlo.py
+# counts their FLOPs by these names.
 FORWARD, BACKWARD = "flash_forward_d", "flash_backward_d"
+FEED_FORWARD, FEED_BACKWARD = "feed_forward_forward_h", "feed_forward_backward_h"
 # Scores up to this size need no maximum subtracted before `exp`: exp(60), summed over keys and times values, is far
 # from the ends of float32 and of bfloat16, and so is exp(-60). float16 has a narrower range.
 BOUNDED_SCORE = 60.0
@@ -188,9 +190,6 @@ def _backward(heads, keys, blocks, interpret, saved, do):
 attend.defvjp(_forward, _backward)
 
 
-# Names of the kernels in compiled programs, followed by the number of hidden units; costs/hlo.py counts their FLOPs by
-# these names.
-FEED_FORWARD, FEED_BACKWARD = "feed_forward_forward_h", "feed_forward_backward_h"
 MAX_PART = 640  # Largest number of hidden units per part.
 # Largest number of channels -> largest number of tokens per tile, and the limit of VMEM for a kernel [bytes]. The
 # weights, one tile of the projection for each of two steps of the grid, and one part in float32 must fit, on a v5p in

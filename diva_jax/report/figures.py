@@ -11,7 +11,7 @@ import textwrap
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
 import matplotlib
@@ -46,8 +46,7 @@ class Drawing:
     tooltips: list[tuple[float, float, float, float, str]] = dataclasses.field(default_factory=list)
 
 
-@dataclasses.dataclass(frozen=True)
-class Chart:
+class Chart(NamedTuple):
     """A chart that can be drawn at any width (`draw`: width [pixels] -> Drawing). Title and legend, (name, index of the
     colour) of each series, are in the PNG file, `name`, but not in the SVG; `half`: of the width of a wide page."""
 
@@ -103,7 +102,7 @@ def _style(salt: str = "") -> Iterator[None]:
 def in_pairs(charts: Sequence[Chart]) -> list[Chart]:
     """Lays out charts in pairs. If their number is odd, the first one takes the full width."""
     odd = len(charts) % 2
-    return [dataclasses.replace(chart, half=i >= odd) for i, chart in enumerate(charts)]
+    return [chart._replace(half=i >= odd) for i, chart in enumerate(charts)]
 
 
 def colour_role(index: int) -> str:
@@ -153,8 +152,7 @@ def _inline(svg: str, label: str, tooltips) -> Markup:
     return Markup(ElementTree.tostring(root, encoding="unicode", method="html"))
 
 
-@dataclasses.dataclass(frozen=True)
-class Label:
+class Label(NamedTuple):
     """A name and the CSS colour beside it, if any."""
 
     text: str
@@ -168,8 +166,7 @@ class Part:
         self.macro, self.arguments = macro, arguments
 
 
-@dataclasses.dataclass(frozen=True)
-class Section:
+class Section(NamedTuple):
     """A part of the page with a title; `note` is a line under the title."""
 
     title: str

@@ -5,6 +5,7 @@ import dataclasses
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -32,8 +33,7 @@ class ChoiceOptions:
     allow_partial: bool = field(False, "Whether a published file may have another number of items.")
 
 
-@dataclasses.dataclass(frozen=True)
-class Metric:
+class Metric(NamedTuple):
     """A score of a set, by key and with the reader's name for it. `answers` is a key of `stats.ANSWERS`. `all_of`:
     groups of this kind count, where all of their items are right. `mean_over`: the mean of the means of groups of this
     kind, without those with fewer than `at_least` items."""
@@ -51,8 +51,7 @@ _KINDS = {kind: tuple(Metric(**row) for row in rows) for kind, rows in _TABLES["
 PAIRED = _KINDS["paired"]
 
 
-@dataclasses.dataclass(frozen=True)
-class Published:
+class Published(NamedTuple):
     """A published file; `name` is the set's in metric names, `count` the number of items, None if not published."""
 
     file: str

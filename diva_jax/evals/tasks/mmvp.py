@@ -6,7 +6,7 @@ import dataclasses
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -38,8 +38,7 @@ class MmvpOptions:
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class Question:
+class Question(NamedTuple):
     """One row of Questions.csv; `line` is its line in the file."""
 
     line: int
