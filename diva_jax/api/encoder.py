@@ -1,7 +1,6 @@
 """Encoders of images and texts, with weights of any source or of a run; and what the API checks of arguments."""
 
 import copy
-import dataclasses
 import functools
 import inspect
 import os
@@ -183,7 +182,7 @@ class Encoder:
         towers = origins.whole_towers(mapping("params", params, "Loss.towers()"), self.spec)
         new, min_shard = copy.copy(self), self._config.mesh.min_shard
         placed = {t: encode.put(towers[t], self._mesh, min_shard) for t in ("vision", "text") if t in towers}
-        new._weights = dataclasses.replace(self._weights, **placed)
+        new._weights = self._weights._replace(**placed)
         if "text" in placed:
             new.__dict__["_text"] = self._text[0], placed["text"]
         return new

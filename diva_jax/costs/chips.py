@@ -9,9 +9,9 @@ element: four.
 """
 
 import collections
-import dataclasses
 import math
 import re
+from typing import NamedTuple
 
 from jax.extend.core import Jaxpr, jaxprs_in_params
 
@@ -19,8 +19,7 @@ from diva_jax.common.errors import UserError
 from diva_jax.models.library_config import packaged
 
 
-@dataclasses.dataclass(frozen=True)
-class Chip:
+class Chip(NamedTuple):
     """One device of JAX: an accelerator chip, or one of the two of a TPU7x; `kind` is its name, `device.device_kind`.
     `flops` is the peak bf16 rate, a multiply-add counted as two [FLOP/s], `hbm_bandwidth` the peak [bytes/s]; of `hbm`
     bytes, `usable` are available to a program, as the compiler reports it when one does not fit. Of TPUs alone: the

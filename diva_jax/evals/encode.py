@@ -1,7 +1,6 @@
 """Encoders, which are any source of weights or a run at a step, and their embeddings of images and texts: batches of a
 fixed size, the last one padded, on any mesh."""
 
-import dataclasses
 import functools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -209,8 +208,7 @@ class Towers:
         return np.concatenate(list(self.outputs(step, lambda i: (ids[i],), len(ids), like))).astype(np.float32)
 
 
-@dataclasses.dataclass(frozen=True)
-class Encoder:
+class Encoder(NamedTuple):
     """One set of weights: parameters, name -> array on the mesh, of the vision tower and, if a run has trained it, of
     the text tower, else None.
 
@@ -273,7 +271,7 @@ def each(given: Sequence[origins.Place], labels: Sequence[str], config, mesh: Me
     for place, label in zip(given, labels, strict=True):
         encoder = read(place.source, place.step, config, mesh)
         if lent and place.step is None:
-            encoder = dataclasses.replace(encoder, params=lent, borrowed=labels[lender])
+            encoder = encoder._replace(params=lent, borrowed=labels[lender])
         yield label, encoder
         del encoder  # Its memory is free while the next is loaded.
 

@@ -1,10 +1,9 @@
 """Reads config files of diffusers, transformers and open_clip; what is not supported is an error that names it."""
 
-import dataclasses
 import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from diva_jax.common.errors import UserError, brief
 from diva_jax.common.fields import Field, Rule, between, finite
@@ -27,8 +26,7 @@ def packaged(module: str, name: str) -> dict[str, Any]:
     return tuples(json.loads(Path(module).with_name(name).read_text()))
 
 
-@dataclasses.dataclass(frozen=True)
-class LibraryConfig:
+class LibraryConfig(NamedTuple):
     """Options of a config file, or of a section of it; `where` and `prefix` ("vision_cfg.") name them in messages.
     Every method raises a UserError, one sentence that names the option and its value, where the option is not what the
     method returns. A missing option has the default; null stands for a default that is no whole number and no text."""

@@ -2,9 +2,9 @@
 checkpoint's shapes tell.
 """
 
-import dataclasses
 import re
 from collections.abc import Iterable, Mapping
+from typing import NamedTuple
 
 from flax import nnx
 
@@ -13,8 +13,7 @@ from diva_jax.common.errors import UserError, brief
 _LEAF = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
 
 
-@dataclasses.dataclass(frozen=True)
-class Table:
+class Table(NamedTuple):
     """Names of one architecture in one library's checkpoints; `what` is shown in errors. `rename` are (regex,
     replacement), applied in turn to our dotted path with its leaf already renamed (kernel, scale, embedding -> weight);
     `ignore` are regexes of checkpoint names that are known and not used; `aliases` are (regex, replacement) that bring
@@ -74,8 +73,7 @@ def to_torch_layout(path: tuple, array):
     return from_torch_layout(path, array, (3, 2, 0, 1))
 
 
-@dataclasses.dataclass(frozen=True)
-class Positions:
+class Positions(NamedTuple):
     """The learned position embeddings of a vision tower, the tensor `name` [..., extra + grid * grid, width]. The first
     `extra`, e.g. the class token's, are kept at every resolution. The original interpolates the others with bicubic
     interpolation, with antialiasing (Keys' kernel, a = -0.5) or without (a = -0.75, as

@@ -48,7 +48,7 @@ def compare(path, z, sd):
     module = abstract(lambda rngs: diva.Objective(config.faithful(c), rngs=rngs))
     projection = names.Table("visual_proj", ((r"^", "visual_proj."),), ignore=(r"visual\..*",))
     vision = names.table("vision", module.spec)
-    vision = dataclasses.replace(vision, ignore=(*vision.ignore, r"visual_proj\..*"))
+    vision = vision._replace(ignore=(*vision.ignore, r"visual_proj\..*"))
     tables = {"vision": vision, "visual_proj": projection}
     for part, table in tables.items():
         setattr(module, part, filled(getattr(module, part), take(z, "w/"), table))

@@ -1,6 +1,5 @@
 """Options of the compiler, and executables in a folder: as they were saved, or refused before they are unpickled."""
 
-import dataclasses
 import hashlib
 import json
 import pickle
@@ -126,7 +125,7 @@ def test_options_are_the_row_of_the_chip(monkeypatch):
 
     for chip in chips.CHIPS.values():
         assert options("auto", chip.kind) == dict(chip.compiler_options)
-    row = dataclasses.replace(chip, compiler_options=(("a", "1"),))
+    row = chip._replace(compiler_options=(("a", "1"),))
     monkeypatch.setattr(chips, "CHIPS", {"one": row})
     found = [options(setting, chip.kind) for setting in ("auto", "b=2", "")]
     assert found == [{"a": "1"}, {"b": "2"}, {}] and options("auto") == {}
