@@ -166,6 +166,10 @@ def parse(section: ConfigDict, wanted: Iterable[str] = ()) -> tuple[Settings, di
 
 # How many classes are named for an image; with fewer in all, the accuracy @5 says nothing.
 AT = 5
+# Factor of the cosines, as in every published evaluation; no answer depends on it.
+LOGIT_SCALE = 100
+# Queries that are ranked at once; fixed, so that the rounding of a score depends on nothing else.
+QUERIES = 256
 _RECALL = "mean_per_class_recall"
 
 

@@ -32,8 +32,6 @@ from diva_jax.weights import parts
 
 SECTIONS = ("condition", "diffusion")
 TARGETS = {"epsilon": "epsilon", "velocity": "v_prediction", FAITHFUL: "v_prediction"}
-# PyTorch never calls this layer's own forward, so its adapter has no effect, but its bias is trained.
-_INERT = {"siglip": adapters.SIGLIP_HEAD}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,9 +87,10 @@ def stages(config: ConfigDict) -> tuple[contract.Stage, ...]:
     first = contract.Stage("projector", 0, warm, config.condition.warmup_lr, alone)
     if config.dcr.projector_only:
         return (first,)
-    rows, inert = lora.trainable("vision"), _INERT.get(config.backbone.arch)
-    if lora.biases and inert and not re.fullmatch(lora.targets, inert):
-        rows += ((f"vision/{inert}/bias", 1.0),)
+    rows, head = lora.trainable("vision"), adapters.SIGLIP_HEAD
+    # PyTorch never calls this layer's own forward, so its adapter has no effect, but its bias is trained.
+    if lora.biases and config.backbone.arch == "siglip" and not re.fullmatch(lora.targets, head):
+        rows += ((f"vision/{head}/bias", 1.0),)
     rest = contract.tune(config, warm)
     second = rest._replace(name="tower", trainable=rows + rest.trainable)
     return (first, second) if warm else (second,)

@@ -14,10 +14,7 @@ from ml_collections import ConfigDict
 from diva_jax.common.errors import UserError
 from diva_jax.common.fields import at_least, field
 from diva_jax.data import labelled
-from diva_jax.evals import Outcome, Settings, Task, encode, stats
-
-# Images whose neighbours are found at once.
-_QUERY_BATCH = 256
+from diva_jax.evals import QUERIES, Outcome, Settings, Task, encode, stats
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,8 +27,8 @@ class DriftOptions:
 def neighbours(x: np.ndarray, k: int) -> np.ndarray:
     """Indices of the k nearest rows of each unit row, [N, k], int; among equals the first."""
     out = []
-    for start in range(0, len(x), _QUERY_BATCH):
-        scores = x[start : start + _QUERY_BATCH] @ x.T
+    for start in range(0, len(x), QUERIES):
+        scores = x[start : start + QUERIES] @ x.T
         scores[np.arange(len(scores)), start + np.arange(len(scores))] = -np.inf
         out.append(np.argsort(-scores, axis=1, kind="stable")[:, :k])
     return np.concatenate(out)

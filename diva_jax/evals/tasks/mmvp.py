@@ -16,7 +16,7 @@ from diva_jax.common import json_files
 from diva_jax.common.errors import UserError, brief
 from diva_jax.common.fields import at_least, field
 from diva_jax.data import files, labelled
-from diva_jax.evals import ItemTask, Outcome, Settings, Values, encode, stats
+from diva_jax.evals import LOGIT_SCALE, ItemTask, Outcome, Settings, Values, encode, stats
 from diva_jax.models.backbones import spec_of
 
 # In a set of another kind, beside Questions.csv: {"patterns": [names], "pairs": of each pattern}.
@@ -24,8 +24,6 @@ NAMES = "Patterns.json"
 # As the hub, DIVA's authors and the benchmark's own README call the folder of the images.
 FOLDERS = ("MLLM_VLM Images", "MLLM_VLM_Images", "MMVP_VLM_Images")
 HEADER = ["Question ID", "Type", "Statement"]
-# Factor of the cosines, as in every published evaluation; no answer depends on it.
-LOGIT_SCALE = 100.0
 OWN = ((0, 0), (1, 1))  # Text 1 belongs to image 1, text 2 to image 2.
 
 

@@ -15,13 +15,12 @@ from ml_collections import ConfigDict
 from diva_jax.common.errors import UserError, listing
 from diva_jax.common.fields import Rule, above, at_least, field
 from diva_jax.data import labelled
-from diva_jax.evals import AT, ClassificationTask, Classified, Settings, encode, resolved
+from diva_jax.evals import AT, QUERIES, ClassificationTask, Classified, Settings, encode, resolved
 from diva_jax.evals.tasks import zeroshot
 
 DECAYS = np.logspace(-6, 2, 97)  # Of the search, as CLIP (arXiv 2103.00020, appendix A.3) and CLIP_benchmark.
 _COARSE = 16  # The stride of the first round: logspace(-6, 2, 7).
 _ROWS = 2**14  # Rows whose logits are held at once.
-_QUERIES = 256
 _TOLERANCE = 1e-6  # Of the largest element of the gradient.
 
 
@@ -109,7 +108,7 @@ def neighbours(
     x, y = jnp.asarray(x, jnp.float32), jnp.asarray(y, jnp.int32)
     parts = [
         np.asarray(_votes(jnp.asarray(q, jnp.float32), x, y, jnp.float32(temperature), k=k, classes=classes))
-        for q in np.split(queries, range(_QUERIES, len(queries), _QUERIES))
+        for q in np.split(queries, range(QUERIES, len(queries), QUERIES))
     ]
     return np.concatenate(parts)
 

@@ -8,11 +8,9 @@ from ml_collections import ConfigDict
 
 from diva_jax.common.errors import UserError
 from diva_jax.data import labelled
-from diva_jax.evals import ItemTask, Settings, Values, encode
+from diva_jax.evals import QUERIES, ItemTask, Settings, Values, encode
 
 _RECALL_AT = (1, 5, 10)
-# Queries that are ranked at once; fixed, so that the rounding of a score depends on nothing else.
-_QUERY_BATCH = 256
 
 
 def ranks(queries: np.ndarray, answers: np.ndarray, right: np.ndarray) -> np.ndarray:
@@ -20,8 +18,8 @@ def ranks(queries: np.ndarray, answers: np.ndarray, right: np.ndarray) -> np.nda
     answers [A, D]; equal scores are ranked in the order of the answers. Scores that are not finite count as wrong: such
     a right answer is ranked last, such a wrong answer first."""
     out = []
-    for start in range(0, len(queries), _QUERY_BATCH):
-        scores, mine = queries[start : start + _QUERY_BATCH] @ answers.T, right[start : start + _QUERY_BATCH]
+    for start in range(0, len(queries), QUERIES):
+        scores, mine = queries[start : start + QUERIES] @ answers.T, right[start : start + QUERIES]
         scores = np.where(np.isfinite(scores), scores, np.where(mine, -np.inf, np.inf))
         best = np.where(mine, scores, -np.inf).max(axis=1, keepdims=True)
         equal = scores == best

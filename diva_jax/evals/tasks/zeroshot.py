@@ -14,15 +14,13 @@ from diva_jax.common import log
 from diva_jax.common.errors import UserError, listing
 from diva_jax.common.fields import field
 from diva_jax.data import labelled
-from diva_jax.evals import AT, ClassificationTask, Classified, Settings, encode, resolved
+from diva_jax.evals import AT, LOGIT_SCALE, ClassificationTask, Classified, Settings, encode, resolved
 from diva_jax.models.library_config import packaged
 
 # Where a template has the class: CLIP_benchmark's form, or OpenAI's.
 _PLACE = re.compile(r"\{c?\}")
 # A class name that is rather a number or an identifier.
 _CODE = re.compile(r"(class|label|[a-z]?)[-_ ]?[0-9]+", re.I)
-# Factor of the cosines, as in every published evaluation; no answer depends on it.
-LOGIT_SCALE = 100
 
 
 @dataclasses.dataclass(frozen=True)

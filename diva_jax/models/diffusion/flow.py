@@ -22,7 +22,6 @@ from diva_jax.models.layers import ACTIVATIONS, Array, Keys, Layers, split_qkv, 
 
 _EPSILON = 1e-6
 _CODE = 256  # Width of the code of a timestep.
-_PERIOD = 10000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +85,7 @@ class Projector(nnx.Module):
 def frequencies() -> np.ndarray:
     """10000^(-k / 128), k = 0..127, [128], computed in float32 as FLUX does."""
     half = _CODE // 2
-    return np.exp(np.float32(-math.log(_PERIOD)) * np.arange(half, dtype=np.float32) / np.float32(half))
+    return np.exp(np.float32(-math.log(10000)) * np.arange(half, dtype=np.float32) / np.float32(half))
 
 
 def timestep_code(t: Array, freqs: np.ndarray | None = None) -> Array:
