@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from diva_jax.common.errors import UserError, explained
+from diva_jax.common.json_files import open_regular
 from diva_jax.data import files
 
 INTERPOLATIONS = ("bilinear", "bicubic", "lanczos")
@@ -126,6 +127,19 @@ def read_file(path: str | os.PathLike, rgb: bool = False) -> Image.Image:
     with explained(f"the image {path} cannot be read", "check the path, or fetch it again", OSError, ValueError):
         data = files.read_image(os.fspath(path))
     return open_image(data, os.fspath(path), rgb)
+
+
+@contextlib.contextmanager
+def opened(path: str | os.PathLike) -> Iterator[Image.Image]:
+    """An image file on this machine whose pixels are not read yet; a UserError where it cannot be decoded."""
+    with (
+        explained(f"{path} cannot be read", "fetch it again", Exception),  # Pillow's plugins raise many types.
+        open(path, "rb", opener=open_regular) as file,
+        Image.open(file, formats=FORMATS) as image,
+    ):
+        if image.width * image.height > MAX_PIXELS:
+            raise ValueError(f"{image.width}x{image.height} pixels are too many")
+        yield image
 
 
 def prepare(image: Image.Image, size: int, resize_mode: str, interpolation: str) -> np.ndarray:

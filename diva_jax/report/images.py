@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, ImageOps
 
-from diva_jax.common.json_files import open_regular
+from diva_jax.common.errors import UserError
 from diva_jax.common.results_schema import Task
-from diva_jax.data.images import FORMATS, MAX_PIXELS
+from diva_jax.data.images import opened
 from diva_jax.report.figures import Label, Part, Section, colour_role
 from diva_jax.report.inputs import ImageRows
 
@@ -36,12 +36,10 @@ def _thumbnail(path: str) -> EmbeddedImage:
     """A JPEG thumbnail; its URI is empty where the file is missing or is not an image."""
     name = Path(path).name
     try:
-        with open(path, "rb", opener=open_regular) as file, Image.open(file, formats=FORMATS) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise ValueError("too many pixels")
+        with opened(path) as image:
             image.draft("RGB", (2 * _THUMBNAIL_SIDE, 2 * _THUMBNAIL_SIDE))
             small = ImageOps.exif_transpose(image).convert("RGB")
-    except Exception:  # Pillow's plugins raise many types.
+    except UserError:
         return EmbeddedImage("", name)
     small.thumbnail((_THUMBNAIL_SIDE, _THUMBNAIL_SIDE), Image.Resampling.LANCZOS)
     return EmbeddedImage(_uri(small, "jpeg", quality=80), name)

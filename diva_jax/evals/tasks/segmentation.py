@@ -3,7 +3,6 @@
 windows overlap, a softmax over all texts, and for each class its most probable synonym."""
 
 import base64
-import contextlib
 import dataclasses
 import functools
 import io
@@ -17,9 +16,8 @@ from PIL import Image
 
 from diva_jax.common.errors import UserError, brief, explained
 from diva_jax.common.fields import above, at_least, below, field, one_of
-from diva_jax.common.json_files import open_regular
 from diva_jax.data import files
-from diva_jax.data.images import FORMATS, MAX_PIXELS, read_file
+from diva_jax.data.images import opened, read_file
 from diva_jax.evals import Outcome, Settings, Task, encode, require_count, set_and_folder, stats
 from diva_jax.evals.tasks import zeroshot
 from diva_jax.models import backbones
@@ -96,19 +94,6 @@ def class_names(given: str, subject: Set, root: Path) -> list[list[str]]:
     return synonyms
 
 
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[Image.Image]:
-    """An image file whose pixels have not been read yet; a UserError where it cannot be decoded."""
-    with (
-        explained(f"{path} cannot be read", "fetch it again", Exception),  # Pillow's plugins raise many types.
-        open(path, "rb", opener=open_regular) as file,
-        Image.open(file, formats=FORMATS) as image,
-    ):
-        if image.width * image.height > MAX_PIXELS:
-            raise ValueError(f"{image.width}x{image.height} pixels are too many")
-        yield image
-
-
 def _pairs(subject: Set, root: Path) -> list[tuple[Path, Path]]:
     """(image, label image) of each item, which may not exist."""
     if subject.listed:
@@ -135,7 +120,7 @@ def read_pairs(subject: Set, root: Path, allow_partial: bool) -> list[tuple[Path
         require_count(root, len(pairs), subject.count, subject.title, "images", "segmentation.allow_partial")
 
     def check(pair: tuple[Path, Path]) -> tuple[Path, Path, tuple[int, int]]:
-        with _opened(pair[0]) as image, _opened(pair[1]) as label_image:
+        with opened(pair[0]) as image, opened(pair[1]) as label_image:
             if image.size != label_image.size:
                 raise UserError(f"{pair[1]} has the size {label_image.size}, its image {image.size}: fetch both again")
         read_labels(pair[1], subject)
@@ -147,7 +132,7 @@ def read_pairs(subject: Set, root: Path, allow_partial: bool) -> list[tuple[Path
 
 def read_labels(path: Path, subject: Set) -> np.ndarray:
     """The class of each pixel, int [H, W], -1 where it is ignored; a UserError for other values, or no label image."""
-    with _opened(path) as image:
+    with opened(path) as image:
         # Palettes are kept: the values are the labels.
         if image.mode not in ("P", "L"):
             raise UserError(f"{path} has the mode {image.mode}, not a byte per pixel: give the published label images")
