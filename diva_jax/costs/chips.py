@@ -92,7 +92,8 @@ def all_reduce_seconds(size: float, chip: Chip, shape: tuple[int, ...]) -> float
 
 
 _SCOPE = re.compile(r"(?:\w+\()*([\w-]+)\)*")  # With the transformations around it: transpose(jvp(unet)).
-_AGAIN = "rematted_computation"  # The scope of what the backward pass computes a second time, by `jax.checkpoint`.
+# The scope of what the backward pass computes a second time, by `jax.checkpoint`.
+_AGAIN = "rematted_computation"
 
 
 def flops_by_part(jaxpr: Jaxpr, times: int = 1, part: str = "") -> collections.Counter[str]:

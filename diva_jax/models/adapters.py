@@ -61,9 +61,8 @@ class Lora:
 
 @contextlib.contextmanager
 def dropout(keys: Array | None) -> Iterator[None]:
-    """Adapters drop elements of their inputs, [B, ...], where a model is called, or traced, in this context. `keys` has
-    one PRNG key per image, [B], or is None for no dropout; an image's masks depend on its key and on the layer alone.
-    """
+    """Adapters drop elements of their inputs, [B, ...], where a model is called, or traced, in this context. `keys` are
+    PRNG keys, one per image, [B], None: no dropout; an image's masks depend on its key and on the layer alone."""
     token = _DROPOUT.set(keys)
     try:
         yield
