@@ -67,15 +67,11 @@ def parse_topology(topology: str) -> tuple[str, Chip, tuple[int, ...]]:
     name, _, sides = topology.partition(":")
     if name not in CHIPS:
         raise UserError(f"--topology={topology}: the chip {name!r} is unknown, use one of {', '.join(CHIPS)}")
-    try:
-        shape = tuple(int(s) for s in sides.split("x"))
-    except ValueError:
-        shape = ()
     axes = CHIPS[name].axes
-    if len(shape) != axes or min(shape) < 1:
+    if not re.fullmatch("x".join(["[1-9][0-9]*"] * axes), sides):
         example = "2x2x2" if axes == 3 else "4x4"
         raise UserError(f"--topology={topology}: {name} has {axes} axes, write e.g. {name}:{example}")
-    return name, CHIPS[name], shape
+    return name, CHIPS[name], tuple(map(int, sides.split("x")))
 
 
 def all_reduce_seconds(size: float, chip: Chip, shape: tuple[int, ...]) -> float:
