@@ -110,8 +110,8 @@ class TimestepEmbedding(nnx.Module):
 
 
 class Level(NamedTuple):
-    """Makes the layers of a U-Net or a VAE at one resolution, of `n` channels; the others as of `ResnetBlock`, what
-    makes an attention, and the padding of `Downsample`."""
+    """Makes the layers of a U-Net or a VAE at one resolution, of `n` channels. `attention` makes an attention,
+    `padding` is that of `Downsample`, and the others are those of `ResnetBlock`."""
 
     n: int
     groups: int
