@@ -63,12 +63,8 @@ class Decoder:
         self._memory = images.Memory(int(config.decode_gib * 2**30))
         self._reading: dict[int, tuple[str, float]] = {}  # By thread: the record that it reads, and since when.
         self._max_share, self._lock, self._records = config.max_broken_share, threading.Lock(), set()
-        self._read = self._failed = self.skipped = 0
-
-    @property
-    def count(self) -> int:
-        """The number of broken records."""
-        return len(self._records)
+        self._read = self._failed = 0
+        self.count = self.skipped = 0  # Of records that are broken, and that have no texts to choose between.
 
     def slowest(self) -> tuple[str, float] | None:
         """(name of the record whose reading has begun first and has not ended, seconds since), or None."""
@@ -82,9 +78,10 @@ class Decoder:
         with self._lock:
             self._read += 1
             self._failed += 1
-            before = len(self._records)
+            before = self.count
             self._records.add(self._locate(i))
-            count, failed, read = len(self._records), self._failed, self._read
+            self.count = len(self._records)
+            count, failed, read = self.count, self._failed, self._read
         if before < count <= _MAX_NAMED:
             logger.warning("skipped a broken image: %s: %s", name, reason)
             if count == _MAX_NAMED:

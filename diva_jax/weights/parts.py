@@ -65,19 +65,6 @@ def _part(config):
     return "vae", type(config).build, Table("latent code"), ("diffusion_pytorch_model",)
 
 
-def check_text(source: origins.ClipSource, spec: Spec) -> None:
-    """A UserError where the source has no text tower, or not the one of `spec.text`."""
-    require_text(spec)
-    if not source.has_text:
-        raise UserError(f"{source.where} contains only a vision tower: give the checkpoint of the whole model")
-    if source.spec is not None:
-        free = {"kept_positions"} | ({"context_length"} if spec.text.kept_positions >= 0 else set())
-        stated = vars(source.spec.text)
-        origins.check_same(stated, spec.text, stated.keys() - free, source.where, "config.backbone.text")
-    tensors = names.to_context(source.tensors, spec.text)
-    names.check_names(names.abstract("text", spec), tensors, names.table("text", spec), source=source.where)
-
-
 def open_tower(tower: str, source: origins.ClipSource, spec: Spec, field: str = "config.backbone") -> Opened:
     """A tower of `spec`, "vision" or "text", of a checkpoint; a UserError where that has another one, or none.
     Positions are interpolated to the resolution of `spec`, or stretched to its context where it asks for that."""
@@ -87,10 +74,18 @@ def open_tower(tower: str, source: origins.ClipSource, spec: Spec, field: str = 
         old, new = architecture(spec.arch).CHECKPOINT.positions.grid(source.tensors), spec.grid
         note = f"position embeddings interpolated from {old} x {old} to {new} x {new} patches"
     else:
-        check_text(source, spec)
+        require_text(spec)
+        if not source.has_text:
+            raise UserError(f"{source.where} contains only a vision tower: give the checkpoint of the whole model")
+        if source.spec is not None:
+            free = {"kept_positions"} | ({"context_length"} if spec.text.kept_positions >= 0 else set())
+            stated = vars(source.spec.text)
+            origins.check_same(stated, spec.text, stated.keys() - free, source.where, "config.backbone.text")
         tensors = names.to_context(source.tensors, spec.text)
         note = f"position embeddings of texts stretched to {spec.text.context_length} tokens"
-    return Opened(tensors, names.table(tower, spec), source.where, note * (tensors is not source.tensors))
+    opened = Opened(tensors, names.table(tower, spec), source.where, note * (tensors is not source.tensors))
+    names.check_names(names.abstract(tower, spec), tensors, opened.table, source=source.where)
+    return opened
 
 
 def open_diffusers(folder: Path, config, field: str = "") -> Opened:
@@ -158,7 +153,7 @@ def vision(source: str, spec: Spec, field: str = "config.backbone", fresh: tuple
         weights = origins.open_source(source, f"{field}.source")
         part = open_tower("vision", weights, spec, field)
         if spec.has_text and weights.has_text:
-            check_text(weights, spec)  # What is tuned with it is exported with its text tower.
+            open_tower("text", weights, spec)  # What is tuned with it is exported with its text tower.
         return part
 
     return Part(source, opened, fresh)

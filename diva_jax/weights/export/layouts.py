@@ -37,9 +37,6 @@ _SUFFICIENT = {
     "siglip": ({"tokenizer.json"}, {"spiece.model"}),
     "xlm": ({"tokenizer.json"}, {"sentencepiece.bpe.model"}),
 }
-# transformers raises an error for this class where there is no tokenizer.json.
-_NONE = {"tokenizer_class": "PreTrainedTokenizerFast"}
-_CLIP = {"tokenizer_class": "CLIPTokenizer"}
 
 
 def _lacks(source: ClipSource, spec: Spec) -> str:
@@ -84,13 +81,15 @@ def without_tokenizer(source: ClipSource, spec: Spec, fmt: str) -> str:
 def write_tokenizer(folder: Path, source: ClipSource, spec: Spec, fmt: str) -> None:
     """Copies the tokenizer's files, or writes a config with which transformers refuses to make a tokenizer."""
     if without_tokenizer(source, spec, fmt):
-        formats.write_json(folder / "tokenizer_config.json", _NONE)
+        # transformers raises an error for this class where there is no tokenizer.json.
+        formats.write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"})
         return
     for file in source.tokenizer:
         shutil.copyfile(file, folder / file.name)
     about = folder / "tokenizer_config.json"
     if fmt == "open_clip" and source.tokenizer and spec.text.tokenizer == "clip" and not about.exists():
-        formats.write_json(about, _CLIP)  # An open_clip folder has no config.json that names the class.
+        # An open_clip folder has no config.json that names the class.
+        formats.write_json(about, {"tokenizer_class": "CLIPTokenizer"})
 
 
 def _cast(name: str, t, dtype: np.dtype, where: str) -> Tensor:
@@ -114,9 +113,8 @@ def whole_model(source: ClipSource, spec: Spec, dtype: str, text: bool) -> Tenso
     not of floats, or not finite."""
     others, wanted = backbones.architecture(spec.arch).CHECKPOINT.others, {}
     for tower in ("vision", "text") if text and spec.has_text else ("vision",):
-        opened, module = parts.open_tower(tower, source, spec), names.abstract(tower, spec)
-        names.check_names(module, opened.tensors, opened.table, source=source.where)
-        wanted |= {n: opened.tensors[n] for n in opened.table.names(module)}
+        opened = parts.open_tower(tower, source, spec)
+        wanted |= {n: opened.tensors[n] for n in opened.table.names(names.abstract(tower, spec))}
     if text and (missing := [n for n in others if n not in source.tensors]):
         raise UserError(f"{source.where} has no {listing(missing)}: only --format=pt can be written")
     wanted |= {n: source.tensors[n] for n in others if n in source.tensors and (text or n.startswith("visual."))}
