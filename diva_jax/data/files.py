@@ -290,16 +290,6 @@ def read_text(path: str | os.PathLike) -> str:
         return json_files.read_bytes(path, json_files.MAX_LINES_BYTES).decode("utf-8-sig")
 
 
-def _lines(file, first: str) -> Iterator[str]:
-    """The lines of an open file of which the first one was read."""
-    line = first
-    while line:
-        if len(line) > _MAX_LINE:
-            raise csv.Error(f"a line has more than {_MAX_LINE} characters")
-        yield line
-        line = file.readline(_MAX_LINE + 1)
-
-
 def csv_rows(path: str) -> Iterator[tuple[int, list[str]]]:
     """(line number, fields) of each row of a CSV file that is not blank, the header first; local or remote. The
     separator is the one of comma, tab, semicolon and bar that occurs most often in the first line. A UserError names
@@ -308,9 +298,11 @@ def csv_rows(path: str) -> Iterator[tuple[int, list[str]]]:
     line, separator, header = 0, ",", []
     try:
         with open_binary(path) as raw, io.TextIOWrapper(raw, encoding="utf-8-sig", newline="") as f:
-            first = f.readline(_MAX_LINE + 1)
+            first = f.readline(_MAX_LINE)
             separator = max(_SEPARATORS, key=first.count)
-            for fields in (reader := csv.reader(_lines(f, first), delimiter=separator, strict=True)):
+            # A longer line comes in pieces, of which the reader refuses the first: it has other fields, or larger ones.
+            lines = itertools.chain([first], iter(lambda: f.readline(_MAX_LINE), ""))
+            for fields in (reader := csv.reader(lines, delimiter=separator, strict=True)):
                 header = header or fields
                 if len(fields) not in (0, len(header)):
                     raise csv.Error(f"it has {len(fields)} fields, the header {len(header)}")
