@@ -94,16 +94,11 @@ def test_flipped_bits_of_arrow_files_end_no_process(tmp_path):
 
 def test_caches_of_datasets_and_images_of_other_formats_are_no_records(tmp_path, caplog):
     arrows, pictures = tmp_path / "arrows", tmp_path / "images"
-    arrows.mkdir()
-    table = pa.table({"image": [encoded(1)]})
-    for name in ("x-train.arrow", "cache-12ab.arrow", "cache-12ab_00000_of_00002.arrow"):
-        with pa.OSFile(str(arrows / name), "wb") as f, pa.ipc.new_stream(f, table.schema) as writer:
-            writer.write_table(table)
+    caches = ("x-train.arrow", "cache-12ab.arrow", "cache-12ab_00000_of_00002.arrow")
+    trees.change(arrows, {name: {"image": [encoded(1)]} for name in caches})
+    trees.change(pictures, dict.fromkeys(("a/0.png", "a/1.HEIC", "a/2.svg", "b/3.png"), "PNG"))
     for named in ("", "/*.arrow", "/cache-12ab.arrow"):  # Named alone, it is meant.
         assert len(open_source(f"{arrows}{named}")) == 1
-    for name in ("a/0.png", "a/1.HEIC", "a/2.svg", "b/3.png"):
-        (pictures / name).parent.mkdir(exist_ok=True, parents=True)
-        (pictures / name).write_bytes(encoded(1))
     assert len(open_source(str(pictures))) == 2 and "2 images of other formats are not read" in caplog.text
     caplog.clear()
     assert len(labelled.class_folders(pictures)) == 2 and "1.HEIC" in caplog.text

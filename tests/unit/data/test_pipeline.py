@@ -10,6 +10,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+import trees
 from helpers import failed, refused
 from records import batches, encoded, noise, tags, tags_of, take, write_shards, write_tar
 
@@ -146,16 +147,13 @@ SIZES = {"tars": 12, "table": 5, "folder": 3}
 @pytest.fixture
 def folder(tmp_path):
     """Twelve records in tars with the tags 0.., five in a CSV file with 100.., three images with 200.."""
-    for name in ("tars", "files", "folder"):
-        (tmp_path / name).mkdir()
+    (tmp_path / "tars").mkdir()
     write_shards(tmp_path / "tars", SIZES["tars"], 5)
-    for i in range(SIZES["table"]):
-        (tmp_path / "files" / f"{i}.png").write_bytes(encoded(100 + i))
-    rows = [f"files/{i}.png,words {i}" for i in range(SIZES["table"])]
-    (tmp_path / "table.csv").write_text("\n".join(["image,caption", *rows]))
+    paths = [f"files/{i}.png" for i in range(SIZES["table"])]
+    files = {path: encoded(100 + i) for i, path in enumerate(paths)}
     for i in range(SIZES["folder"]):
-        (tmp_path / "folder" / f"{i}.png").write_bytes(encoded(200 + i))
-        (tmp_path / "folder" / f"{i}.txt").write_text("a text")
+        files |= {f"folder/{i}.png": encoded(200 + i), f"folder/{i}.txt": "a text"}
+    trees.change(tmp_path, files | {"table.csv": {"image": paths, "caption": ["words"] * len(paths)}})
     return tmp_path
 
 

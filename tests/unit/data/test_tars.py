@@ -1,18 +1,21 @@
 """The index of tar shards, compared with tarfile, and for damaged files."""
 
 import concurrent.futures
+import json
 import os
 import tarfile
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+import trees
 from helpers import refused
 from records import encoded, noise, write_tar
 
 from diva_jax import demo
 from diva_jax.data import tars
-from diva_jax.data.sources import MAX_CAPTION_BYTES, open_source
+from diva_jax.data.sources import open_source
 from diva_jax.data.tars import TarSource
 
 LONG = "a/" * 120 + "é" + "x" * 150 + ".jpg"  # More than the 100 + 155 bytes of a plain header.
@@ -49,52 +52,35 @@ def test_reads_what_tarfile_reads(tmp_path):
         assert [r[:2] for r in pool.map(source.read, order)] == [expected[i] for i in order]
 
 
-# Name of a member -> content, and the captions of the samples' images: None, or the error, for a sample without one.
-SAMPLES = {
-    "a/0.txt": "café".encode(), "a/0.jpg": noise(0), "a/0.json": b'{"caption": "not this one"}',
-    "1.JPG": noise(1), "1.Json": b'{"caption": "of the json"}',
-    "2.input.jpg": noise(2), "2.seg.png": noise(3), "2.INPUT.txt": b"of the image", "2.txt": b"of the sample",
-    "3.jpg": noise(4),
-    "4.jpg": noise(5), "4.json": b'{"caption": null, "key": "4"}',
-    "5.jpg": noise(6), "5.txt": b" \n", "5.json": b'{"caption": ["one", "two"]}',
-    "6.jpg": noise(7), "6.json": b"{broken",
-    "7.jpg": noise(8), "7.txt": b"x" * (MAX_CAPTION_BYTES + 1),
-    "frame.0001.jpg": noise(9), "frame.0001.txt": b"first",
-    "frame.0002.png": noise(10), "frame.0002.mask.jpg": noise(10),
-}  # fmt: skip
-CAPTIONS = {
-    "a/0.jpg": "café", "1.JPG": "of the json", "2.input.jpg": "of the image", "3.jpg": None, "4.jpg": None,
-    "5.jpg": "one\ntwo", "6.jpg": ValueError, "7.jpg": None, "frame.0001.jpg": "first", "frame.0002.png": None,
-}  # fmt: skip
+# Names of members and what they hold; the captions of the samples' images, or what is said of a broken one.
+SAMPLES = json.loads(Path(__file__).with_name("samples.json").read_text())
 
 
 @pytest.mark.parametrize("form", ["tar", "cached tar", "folder"])
 def test_samples_and_their_captions(tmp_path, form, caplog):
     """Grouped alike in tars and folders, in any order of the members."""
-    root = tmp_path / "data"
-    for name, data in SAMPLES.items():
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_bytes(data)
-    if form != "folder":
-        names = list(np.random.default_rng(1).permutation(list(SAMPLES)))
-        root = tmp_path / "a.tar"
-        write_tar(root, {name: SAMPLES[name] for name in names})
+    files, found, root = SAMPLES["files"], {}, tmp_path / ("data" if form == "folder" else "a.tar")
+    if form == "folder":
+        trees.change(root, files)
+    else:
+        trees.change(
+            tmp_path, {"a.tar": {name: files[name] for name in np.random.default_rng(1).permutation([*files])}}
+        )
     cache = str(tmp_path / "cache") if form == "cached tar" else None
     for _ in range(2 if cache else 1):
         caplog.clear()
         source = open_source(str(root), cache)
         assert source.has_text
         assert "2 further images of samples are not read" in caplog.text and "2.seg.png" in caplog.text
-        found = {}
         for i in range(len(source)):
             name = source.name(i).removeprefix("a.tar/")
-            assert source.read(i, with_text=False)[1:3] == (SAMPLES[name], None)
+            assert source.read(i, with_text=False)[1:3] == (files[name].encode(), None)
             try:
                 found[name] = source.read(i).text
             except ValueError as e:
                 assert "the caption in its .json file cannot be read" in str(e)
-                found[name] = ValueError
-        assert found == CAPTIONS
+                found[name] = "cannot be read"
+        assert found == SAMPLES["captions"]
 
 
 def test_damaged_shards_keep_the_images_before_the_damage_and_are_told(tmp_path, caplog):

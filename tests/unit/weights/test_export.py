@@ -34,11 +34,6 @@ def clip(tmp_path_factory):
     return origins.open_source(str(folder))
 
 
-@pytest.fixture(scope="module")
-def tuned(clip):
-    return dataclasses.replace(clip, run=PROVENANCE)
-
-
 def write_results(folder, source="runs/a"):
     """results.json of a run whose first metric has a mark of tables in its title."""
     task = samples.mmvp_task([])
@@ -49,7 +44,8 @@ def write_results(folder, source="runs/a"):
     return folder / "results.json"
 
 
-def test_what_the_hub_and_its_reader_get(clip, tuned):
+def test_what_the_hub_and_its_reader_get(clip):
+    tuned = dataclasses.replace(clip, run=PROVENANCE)
     options = publish.ExportOptions(license="mit", base_model="timm/base")
     text = publish.card(tuned, EVAL_CLIP, "open_clip", "float32", options, path="runs/tuned", note="it lacks x")
     data = ModelCard(text).data
@@ -71,8 +67,8 @@ def test_what_the_hub_and_its_reader_get(clip, tuned):
     assert "https://host/{0..9}.tar?..." in text and "pw1" not in text and "pw2" not in text
 
 
-def test_caveats_and_scores(clip, tuned, tmp_path):
-    plain = publish.card(tuned, EVAL_CLIP, "hf", "float32")
+def test_caveats_and_scores(clip, tmp_path):
+    plain = publish.card(dataclasses.replace(clip, run=PROVENANCE), EVAL_CLIP, "hf", "float32")
     for line in ("No scores were given", "must be made again", "The text tower was not tuned", "No license was given"):
         assert line in plain, line
     both = dataclasses.replace(clip, run=PROVENANCE | {"tuned": ["text", "vision"]})
