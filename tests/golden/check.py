@@ -22,13 +22,7 @@ BOUND = 2e-5
 
 sys.path[:0] = [folder for folder in (str(HERE), str(HERE.parent / "support")) if folder not in sys.path]
 
-
-def relative(ours, want, scale=None) -> float:
-    """Returns the L2 error relative to `scale`, which is `want` by default."""
-    ours, want, scale = (np.asarray(x, np.float64) for x in (ours, want, want if scale is None else scale))
-    if ours.shape != want.shape:
-        raise ValueError(f"shapes differ: {ours.shape} here, {want.shape} recorded")
-    return float(np.linalg.norm(ours - want) / max(np.linalg.norm(scale), np.finfo(np.float64).tiny))
+from helpers import relative_error  # noqa: E402
 
 
 def errors(path: str | Path, sd: str | Path = HERE / SD) -> list[tuple[str, float, float]]:
@@ -52,7 +46,8 @@ def errors(path: str | Path, sd: str | Path = HERE / SD) -> list[tuple[str, floa
         raise ValueError(f"quantities differ: {differ}")
     # A rounding to bfloat16 may fall to the other side.
     bounds = {k: 1e-4 if k.startswith("bf16/") else BOUND for k in recorded}
-    return [(k, relative(ours[k], want, scales.get(k)), bounds[k]) for k, want in recorded.items()]
+    scales = {k: want if np.any(want) else np.ones(1) for k, want in recorded.items()} | scales
+    return [(k, relative_error(ours[k], want, scales[k]), bounds[k]) for k, want in recorded.items()]
 
 
 def main(arguments: list[str]) -> int:
@@ -65,7 +60,7 @@ def main(arguments: list[str]) -> int:
     for path in files:
         try:
             rows = errors(path, sd)
-        except (OSError, KeyError, ValueError, UserError) as e:
+        except (OSError, KeyError, ValueError, AssertionError, UserError) as e:
             print(f"error: {path}: {e}", file=sys.stderr)
             return 2
         print(path.name)

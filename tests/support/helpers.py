@@ -24,11 +24,11 @@ def _raises(kind, says: str, call, *args, **kw) -> str:
 refused, failed = (functools.partial(_raises, kind) for kind in (UserError, RunError))
 
 
-def relative_error(ours, reference) -> float:
-    """Returns the relative L2 error, in float64."""
+def relative_error(ours, reference, scale=None) -> float:
+    """Returns the L2 error relative to `scale`, by default the reference, in float64."""
     ours, reference = np.asarray(ours, np.float64), np.asarray(reference, np.float64)
     assert ours.shape == reference.shape, (ours.shape, reference.shape)
-    return float(np.linalg.norm(ours - reference) / np.linalg.norm(reference))
+    return float(np.linalg.norm(ours - reference) / np.linalg.norm(reference if scale is None else scale))
 
 
 def within(error: float, bound: float, what="") -> None:
