@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 import small
-from eval_data import encoded, patch
+from eval_data import write_class_folders
 from places import SUPPORT
 from processes import finish, start_all
 
@@ -27,10 +27,7 @@ CONFIG = f"--config={SUPPORT}/e2e_config.py:"
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
-    root = tmp_path_factory.mktemp("photos")
-    for i in range(13):
-        (root / f"{i:02}.png").write_bytes(encoded(patch(i)))
-    return root
+    return write_class_folders(tmp_path_factory.mktemp("photos"), [0] * 13, ["."])
 
 
 def config(files, **fields):

@@ -1,6 +1,8 @@
 """Generated damage: changes of fields of JSON content, and of bytes of files."""
 
 import copy
+import functools
+import operator
 
 import numpy as np
 
@@ -37,9 +39,7 @@ def changed(rng: np.random.Generator, tree, count: int = 1):
         if not (there := places(tree)):
             break
         *path, key = there[rng.integers(len(there))]
-        node = tree
-        for step in path:
-            node = node[step]
+        node = functools.reduce(operator.getitem, path, tree)
         what, value = int(rng.integers(10)), WRONG[rng.integers(len(WRONG))]
         if what <= 5:
             node[key] = copy.deepcopy(value)
@@ -51,13 +51,8 @@ def changed(rng: np.random.Generator, tree, count: int = 1):
             node[key] = [-node[key], node[key] + 1, node[key] * 1000, str(node[key]), [node[key]]][rng.integers(5)]
         else:
             *other, last = there[rng.integers(len(there))]
-            source = tree
-            for step in other:
-                source = source[step] if isinstance(source, list | dict) else None
-                if source is None:
-                    break
-            value = copy.deepcopy(source[last]) if source is not None and other != path else None
-            node[key] = value
+            source = functools.reduce(operator.getitem, other, tree)
+            node[key] = copy.deepcopy(source[last]) if other != path else None
         said.append((*path, key, what))
     return tree, said
 

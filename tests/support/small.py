@@ -50,12 +50,7 @@ def unclip_diffusion() -> dict:
 
 def with_fields(c, fields):
     """Sets fields of a config by dotted name, `__` standing for a dot."""
-    for name, value in fields.items():
-        *path, leaf = name.split("__")
-        node = c
-        for part in path:
-            node = node[part]
-        node[leaf] = value
+    c.update_from_flattened_dict({name.replace("__", "."): value for name, value in fields.items()})
     return c
 
 

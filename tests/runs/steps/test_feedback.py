@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import small
-from eval_data import write_image
+from eval_data import write_class_folders, write_image
 from flax import nnx
 from helpers import failed, refused
 from ml_collections import ConfigDict
@@ -29,10 +29,7 @@ SEED = 5
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    root = tmp_path_factory.mktemp("feedback")
-    for i in range(COUNT):
-        write_image(root / f"{i:02}.png", i)
-    return root
+    return write_class_folders(tmp_path_factory.mktemp("feedback"), [0] * COUNT, ["."])
 
 
 def config(**fields):
@@ -99,7 +96,7 @@ def test_losses_and_gaps_by_hand(one, found):
     hand = by_hand(one, arrays_of(one))
     rows = {}
     for r in found.rows:
-        assert r["weights"] == "x" and r["file"] == f"{r['item']:02}.png"
+        assert r["weights"] == "x" and r["file"] == f"{r['item']:03}.png"
         rows[r["metric"].removeprefix("loss_"), r["item"], int(r["timesteps"].split("-")[0]) // 100] = r["score"]
     assert len(rows) == len(found.rows) == 3 * COUNT * 10
     for (name, i, k), value in rows.items():
