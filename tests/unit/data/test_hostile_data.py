@@ -132,12 +132,6 @@ def test_where_memory_runs_out_no_image_is_broken(tmp_path, monkeypatch):
     assert not iterator.decoder.count
 
 
-TOO_MANY = r"stands for more than 1000000 names"
-PATTERNS = dict.fromkeys(("{0..9999}{0..9999}.tar", "{9999999..0}", "{a,b}{1..600000}"), TOO_MANY)
-PATTERNS |= {"{0..99999999}.tar": f"{TOO_MANY}: correct the range"}
-PATTERNS |= dict.fromkeys(("{" + "9" * 5000 + "..1}", "a{0..3.tar"), "cannot be expanded .*: correct its braces")
-
-
 def bomb(side: int) -> bytes:
     """A PNG of zeros, much smaller than what it decodes to."""
     data = io.BytesIO()
@@ -294,10 +288,6 @@ def test_changed_fields_and_bytes(good, name, seed):
         read(path)
 
 
-def test_files_that_unpack_and_patterns_that_stand_for_too_much(tmp_path):
+def test_files_that_unpack_to_too_much(tmp_path):
     (tmp_path / "bpe_simple_vocab_16e6.txt.gz").write_bytes(gzip.compress(bytes(2**27), 1))
     refused("more than 64 MiB", tokenizers.open_tokenizer, TEXT, tmp_path)
-    for pattern, says in PATTERNS.items():
-        began = time.monotonic()
-        refused(says, files.find, f"/nowhere/{pattern}")
-        assert time.monotonic() - began < 6

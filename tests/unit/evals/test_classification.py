@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import trees
 from eval_data import FakeModel, encoded, evaluated, patch, prepared, unit, write_class_folders
 from helpers import refused
 from records import write_tar, write_tfds
@@ -133,23 +134,19 @@ TRAIN, TEST = [0, 0, 1, 1, 1, 2, 2, 0, 1], [0, 1, 1, 2, 2]
 probe_task = partial(prepared, "probe", neighbours=3, iterations=30)
 
 
-def write_folders(root, labels):
-    return write_class_folders(root, labels, ["a", "b", "c"])
-
-
 def probe_tars(root, labels):
-    root.mkdir(parents=True)
-    members = {}
-    for i, label in enumerate(labels):
-        members |= {f"{i}.cls": str(label).encode(), f"{i}.png": encoded(patch(i))}
-    write_tar(root / "0.tar", members)
-    return root
+    files = [{f"{i}.cls": str(label), f"{i}.png": encoded(patch(i))} for i, label in enumerate(labels)]
+    trees.change(root, {"0.tar": {name: data for sample in files for name, data in sample.items()}})
+
+
+def probe_folders(root, labels):
+    write_class_folders(root, labels, ["a", "b", "c"])
 
 
 @pytest.mark.parametrize("form", ["val", "two", "tars"])
 def test_scores_of_both_probes(tmp_path, form):
     """Neighbours by hand; tests/parity compares the linear fit and its search with those of other libraries."""
-    name, write = "val" if form == "val" else "test", probe_tars if form == "tars" else write_folders
+    name, write = "val" if form == "val" else "test", probe_tars if form == "tars" else probe_folders
     write(tmp_path / "train", TRAIN), write(tmp_path / name, TEST)
     task = probe_task(f"train={tmp_path}/train,test={tmp_path}/test" if form == "two" else tmp_path)
     labels = task.classified["knn_"].labels

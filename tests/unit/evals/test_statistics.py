@@ -2,10 +2,10 @@
 
 import dataclasses
 import itertools
-import json
 
 import numpy as np
 import pytest
+import trees
 from helpers import refused
 from scipy import stats as reference
 
@@ -193,16 +193,11 @@ def test_the_runs_of_a_group_differ_in_their_seed_alone(tmp_path):
         ({"seed": 1}, 8, "are not at one step"),
         ({"seed": 1}, None, "are not at one step"),
     )):  # fmt: skip
-        places = []
-        for name, config, at in (("a", {}, 9), ("b", change, step)):
-            folder = tmp_path / f"{case}{name}"
-            folder.mkdir()
-            (folder / "config.json").write_text(json.dumps({"seed": 0, "lr": 1.0} | config))
-            places.append(Place(str(folder), at, str(folder)))
-        if message is None:
-            seeds.check("t", places)
-        else:
-            refused(message, seeds.check, "t", places)
+        first = {"seed": 0, "lr": 1.0}
+        trees.change(tmp_path, {f"{case}a/config.json": first, f"{case}b/config.json": first | change})
+        where = [(str(tmp_path / f"{case}{name}"), at) for name, at in (("a", 9), ("b", step))]
+        places = [Place(folder, at, folder) for folder, at in where]
+        refused(message, seeds.check, "t", places) if message else seeds.check("t", places)
 
 
 @pytest.mark.parametrize("clusters", [[0, 1, 2, 3, 4, 5], [0, 0, 1, 1, 2, 3]])
