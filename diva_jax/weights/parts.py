@@ -1,9 +1,9 @@
 """Pretrained parts: the sources of the parameters of a model, and how each is opened."""
 
-import dataclasses
 import itertools
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -36,8 +36,7 @@ _PROMPTS = "states of prompts (set config.diffusion.text_encoder and text_tokens
 _STATISTICS = Table("statistics of image embeddings (not needed with config.unclip.stats=off)")
 
 
-@dataclasses.dataclass(frozen=True)
-class Opened:
+class Opened(NamedTuple):
     """A source, found and checked: the tensors of a part under names of `table`, and the file or folder that they are
     in; `note` is said where they are read."""
 
@@ -135,8 +134,7 @@ def load(
     return nnx.merge(graph, opened.fill(state))
 
 
-@dataclasses.dataclass(frozen=True)
-class Part:
+class Part(NamedTuple):
     """The source of the parameters below one prefix; `open` raises a UserError if it is missing or of another
     architecture. Parameters whose names below the prefix match a regular expression of `fresh` (adapters) keep the
     objective's initial values."""

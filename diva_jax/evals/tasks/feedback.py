@@ -78,17 +78,16 @@ class Feedback(Task):
     title, items, compared_in_training = "Diffusion feedback", "images", False
 
     def __init__(self, path: str, section: ConfigDict, settings: Settings):
-        options = FeedbackOptions(**section)
         try:
             source = sources.open_source(path)
         except UserError as e:
             raise UserError(str(e).replace("config.data.path", "--data=feedback")) from e
         if len(source) < 2:
             raise UserError(f"--data=feedback={path} has {len(source)} images: give at least 2")
-        self.options, self.settings, self.data, self._source = options, settings, path, source
+        self.options, self.settings, self.data, self._source = FeedbackOptions(**section), settings, path, source
         # Not the first ones: data sets are often sorted by class.
         order = np.random.default_rng(settings.seed).permutation(len(source))
-        self._records = np.sort(order[: options.images])
+        self._records = np.sort(order[: self.options.images])
         self.count = len(self._records)
         self.names = [source.name(int(i)) for i in self._records]
         self.partners = partners(self.count, settings.seed)
