@@ -269,4 +269,4 @@ def test_what_is_no_data_is_refused_in_one_sentence(tmp_path, path, files, says)
     trees.change(tmp_path, files)
     began = time.monotonic()
     refused(says, open_source, path and path.replace("$", str(tmp_path)))
-    assert time.monotonic() - began < 6
+    assert time.monotonic() - began < 20
