@@ -3,6 +3,7 @@
 import json
 import os
 import stat
+from pathlib import Path
 from typing import Any
 
 import pydantic
@@ -104,3 +105,14 @@ def first_error(e: pydantic.ValidationError) -> str:
         return f"{parent or 'it'} has no {field!r}"
     value = "" if error["type"] == "value_error" else f" is {brief(error['input'], 40)}"
     return f"{where or 'it'}{value}: {error['msg'].removeprefix('Value error, ')[:300]}".replace("\n", " ")
+
+
+def packaged(module: str, name: str) -> dict[str, Any]:
+    """The content of the JSON file `name` beside the file of a module, an object, with tuples for lists."""
+
+    def tuples(value):
+        if isinstance(value, dict):
+            return {key: tuples(entry) for key, entry in value.items()}
+        return tuple(map(tuples, value)) if isinstance(value, list) else value
+
+    return tuples(json.loads(Path(module).with_name(name).read_text("utf-8")))

@@ -16,7 +16,7 @@ from typing import NamedTuple
 from jax.extend.core import Jaxpr, jaxprs_in_params
 
 from diva_jax.common.errors import UserError
-from diva_jax.models.library_config import packaged
+from diva_jax.common.json_files import packaged
 
 
 class Chip(NamedTuple):

@@ -18,8 +18,8 @@ import fsspec
 
 from diva_jax.common import json_files, log
 from diva_jax.common.errors import UserError, brief, explained, listing
+from diva_jax.common.json_files import packaged
 from diva_jax.common.paths import demo_hint, is_remote
-from diva_jax.models.library_config import packaged
 
 # Encoded images are smaller; a larger file is a sparse one, for example.
 MAX_IMAGE_BYTES = 2**28

@@ -1,8 +1,6 @@
 """Reads config files of diffusers, transformers and open_clip; what is not supported is an error that names it."""
 
-import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from diva_jax.common.errors import UserError, brief
@@ -13,17 +11,6 @@ _MAX_SIZE = 2**20
 _SIZE = between(1, _MAX_SIZE)
 _MAX_LAYERS = 64
 _MAX_ENTRIES = 64
-
-
-def packaged(module: str, name: str) -> dict[str, Any]:
-    """The content of the JSON file `name` beside the file of a module, an object, with tuples for lists."""
-
-    def tuples(value):
-        if isinstance(value, dict):
-            return {key: tuples(entry) for key, entry in value.items()}
-        return tuple(map(tuples, value)) if isinstance(value, list) else value
-
-    return tuples(json.loads(Path(module).with_name(name).read_text()))
 
 
 class LibraryConfig(NamedTuple):

@@ -19,12 +19,12 @@ import numpy as np
 from flax import nnx
 
 from diva_jax.common.errors import UserError, brief, explained, listing
+from diva_jax.common.json_files import packaged
 from diva_jax.data import preprocess
 from diva_jax.models import backbones, layers
 from diva_jax.models.backbones import Spec, TextSpec, architecture, architectures
 from diva_jax.models.backbones.shared.transformer import Text, require_text
 from diva_jax.models.backbones.shared.transformers_layout import Layout, Recipe, image_processor
-from diva_jax.models.library_config import packaged
 from diva_jax.models.names import Table, flat, from_torch_layout, to_torch_layout, torch_shape
 from diva_jax.weights.formats import Tensor, Tensors
 

@@ -13,10 +13,10 @@ from PIL import Image
 
 from diva_jax.common.errors import UserError, listing
 from diva_jax.common.fields import choice, field
+from diva_jax.common.json_files import packaged
 from diva_jax.data.images import read_file
 from diva_jax.evals import ItemTask, Settings, Values, encode, require_count, stats
 from diva_jax.evals.choice_layouts import LAYOUTS, Item, joined, read_items
-from diva_jax.models.library_config import packaged
 
 # Sets with more patterns than this have no score for each.
 _MAX_PATTERNS = 30

@@ -23,9 +23,9 @@ from ml_collections import ConfigDict
 
 from diva_jax.common.errors import UserError, explained, listing
 from diva_jax.common.fields import at_least, field
+from diva_jax.common.json_files import packaged
 from diva_jax.data import images, sources
 from diva_jax.evals import Outcome, Settings, Task, encode, stats
-from diva_jax.models.library_config import packaged
 from diva_jax.training import workdirs
 from diva_jax.training.step import Program, image_keys
 

@@ -10,10 +10,10 @@ from PIL import Image
 
 from diva_jax.common.errors import UserError
 from diva_jax.common.fields import field
+from diva_jax.common.json_files import packaged
 from diva_jax.data import labelled
 from diva_jax.evals import Classified, Settings, require_count, set_and_folder
 from diva_jax.evals.tasks import zeroshot
-from diva_jax.models.library_config import packaged
 
 # Set -> (title, number of classes).
 SETS = packaged(__file__, "robustness.json")["sets"]

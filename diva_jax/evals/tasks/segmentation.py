@@ -16,6 +16,7 @@ from PIL import Image
 
 from diva_jax.common.errors import UserError, brief, explained
 from diva_jax.common.fields import above, at_least, below, field, one_of
+from diva_jax.common.json_files import packaged
 from diva_jax.data import files
 from diva_jax.data.images import opened, read_file
 from diva_jax.evals import Outcome, Settings, Task, encode, require_count, set_and_folder, stats
@@ -23,7 +24,6 @@ from diva_jax.evals.tasks import zeroshot
 from diva_jax.models import backbones
 from diva_jax.models.backbones import spec_of
 from diva_jax.models.backbones.shared.transformer import VARIANTS
-from diva_jax.models.library_config import packaged
 
 _UNKNOWN = -2
 # How many images, evenly spaced, results.json has the maps of classes of, and the longer side of these [pixels].

@@ -13,9 +13,9 @@ from ml_collections import ConfigDict
 from diva_jax.common import log
 from diva_jax.common.errors import UserError, listing
 from diva_jax.common.fields import field
+from diva_jax.common.json_files import packaged
 from diva_jax.data import labelled
 from diva_jax.evals import AT, LOGIT_SCALE, ClassificationTask, Classified, Settings, encode, resolved
-from diva_jax.models.library_config import packaged
 
 # Where a template has the class: CLIP_benchmark's form, or OpenAI's.
 _PLACE = re.compile(r"\{c?\}")

@@ -31,8 +31,8 @@ from ml_collections import ConfigDict
 from diva_jax.common import fields
 from diva_jax.common.errors import UserError, listing
 from diva_jax.common.fields import Rule, between, choice, field, finite, one_of
+from diva_jax.common.json_files import packaged
 from diva_jax.models.layers import ACTIVATIONS
-from diva_jax.models.library_config import packaged
 
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)

@@ -9,12 +9,12 @@ from flax import nnx
 
 from diva_jax.common import config_files
 from diva_jax.common.errors import UserError, brief
+from diva_jax.common.json_files import packaged
 from diva_jax.models.diffusion.schedule import ScheduleConfig
 from diva_jax.models.diffusion.text_encoder import TextEncoderConfig
 from diva_jax.models.diffusion.unet import UNetConfig
 from diva_jax.models.diffusion.vae import VAEConfig
 from diva_jax.models.layers import Array
-from diva_jax.models.library_config import packaged
 
 # With the names and values of their diffusers folders' config files. Stable unCLIP (unclip_l, unclip_h) is conditioned
 # on [image embedding, code of the embedding's noise level], OpenAI ViT-L/14's (768) and OpenCLIP ViT-H/14's (1024);

@@ -13,9 +13,10 @@ from flax import nnx
 
 from diva_jax.common.errors import UserError
 from diva_jax.common.fields import between
+from diva_jax.common.json_files import packaged
 from diva_jax.models.diffusion.blocks import Downsample, ResnetBlock, Transformer, Upsample, call
 from diva_jax.models.layers import Array, Layers
-from diva_jax.models.library_config import LibraryConfig, packaged
+from diva_jax.models.library_config import LibraryConfig
 
 _OPTIONS = packaged(__file__, "options.json")["unet"]
 # Option -> its implemented values; diffusers' default is the first.

@@ -10,10 +10,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from diva_jax.common.fields import Rule, between, field
+from diva_jax.common.json_files import packaged
 from diva_jax.models.diffusion.blocks import ContextAttention
 from diva_jax.models.diffusion.unet import DownBlock, Level
 from diva_jax.models.layers import Array, Layers, widened
-from diva_jax.models.library_config import LibraryConfig, packaged
+from diva_jax.models.library_config import LibraryConfig
 
 _EPSILON = 1e-6
 _OPTIONS = packaged(__file__, "options.json")["vae"]

@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 
 from diva_jax.common.errors import UserError, listing
 from diva_jax.common.fields import between, one_of
+from diva_jax.common.json_files import packaged
 from diva_jax.models import backbones
 from diva_jax.models.backbones import OPENAI_MEAN, OPENAI_STD, Spec, TextSpec
-from diva_jax.models.library_config import LibraryConfig, packaged
+from diva_jax.models.library_config import LibraryConfig
 from diva_jax.models.names import Positions, Table, depth, tensor_shape
 
 _WHERE = "open_clip's config"

@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 
 from diva_jax.common.errors import UserError, brief, listing
 from diva_jax.common.fields import between, one_of
+from diva_jax.common.json_files import packaged
 from diva_jax.models.backbones import Spec, TextSpec
-from diva_jax.models.library_config import LibraryConfig, packaged
+from diva_jax.models.library_config import LibraryConfig
 
 _RECIPES = packaged(__file__, "transformers.json")
 
