@@ -137,9 +137,7 @@ def test_an_error_in_an_installed_module_that_a_config_names_shows_its_line(tmp_
     monkeypatch.setattr(errors, "named_by_configs", set())
     monkeypatch.setattr(config_files, "named_by_configs", errors.named_by_configs)
     file = tmp_path.joinpath(*named.split(".")).with_suffix(".py")
-    file.parent.mkdir(exist_ok=True)
-    for path in (file, tmp_path / "a_library.py"):
-        path.write_text("def loss():\n    return 1 / 0\n")
+    trees.change(tmp_path, dict.fromkeys((str(file), "a_library.py"), "def loss():\n    return 1 / 0\n"))
     found = [config_files.module(named, "objective", "give another"), importlib.import_module("a_library")]
     del sys.modules["a_library"]
     for module, where in zip(found, (f"{file}:2", ""), strict=True):

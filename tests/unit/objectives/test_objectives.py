@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import small
+import trees
 from helpers import refused
 
 from diva_jax import config, objectives
@@ -93,10 +94,9 @@ WRONG = {
 
 def test_modules_that_are_no_objectives(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "wrong_objectives").mkdir()
     for number, (source, says) in enumerate(WRONG.items()):
+        trees.change(tmp_path, {f"wrong_objectives/number{number}.py": source})
         name = f"wrong_objectives.number{number}"
-        (tmp_path / f"{name.replace('.', '/')}.py").write_text(source)
         refused(f"config.objective='{name}'.*{says}", objectives.find, name)
 
 

@@ -11,6 +11,7 @@ import mutations
 import numpy as np
 import pytest
 import small
+import trees
 from flax import nnx
 from helpers import refused
 from jax.sharding import NamedSharding, PartitionSpec
@@ -29,14 +30,12 @@ from diva_jax.weights import formats, names, origins
 
 def test_missing_shards_and_the_fingerprint_of_contents_and_order(tmp_path):
     index = {"weight_map": {"a": "m-00001-of-00002.safetensors", "b": "m-00002-of-00002.safetensors"}}
-    (tmp_path / "m.safetensors.index.json").write_text(json.dumps(index))
+    trees.change(tmp_path, {"m.safetensors.index.json": json.dumps(index), "a": "1", "b": "2", "c": "1"})
     formats.write_safetensors(tmp_path / "m-00001-of-00002.safetensors", {"a": np.float32(3)})
     refused("m-00002-of-00002.safetensors, which is missing", formats.weights_in, tmp_path, "m")
     (tmp_path / "m.safetensors.index.json").write_text("{")
     refused("JSON", formats.weights_in, tmp_path, "m")
     refused("has no weights", formats.weights_in, tmp_path, "other")
-    for name, content in (("a", b"1"), ("b", b"2"), ("c", b"1")):
-        (tmp_path / name).write_bytes(content)
     a, b, c, ab, ba = (formats.fingerprint([tmp_path / n for n in names]) for names in ("a", "b", "c", "ab", "ba"))
     assert a == c != b and len(a) == 64 and ab != ba
 
@@ -160,9 +159,10 @@ def test_published_siglip_folders_are_read_as_open_clip_runs_them(vocab, activat
 def test_a_custom_config_takes_the_diffusion_model_from_its_folder(tmp_path):
     sd = small.diffusion()
     for part, options in sd.items():
-        (tmp_path / part).mkdir()
         name = "scheduler_config.json" if part == "scheduler" else "config.json"
-        (tmp_path / part / name).write_text(json.dumps(options | {"_diffusers_version": "0.35", "revision": None}))
+        trees.change(
+            tmp_path, {f"{part}/{name}": json.dumps(options | {"_diffusers_version": "0.35", "revision": None})}
+        )
     get_config = runpy.run_path(str(ROOT / "configs/custom.py"))["get_config"]
     config = get_config(f"ViT-B-32,{tmp_path}")
     configs.validate(config, 1)
