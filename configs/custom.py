@@ -24,10 +24,10 @@ from pathlib import Path
 from diva_jax import config as base
 from diva_jax.common.errors import UserError, listing
 from diva_jax.common.fields import parse
+from diva_jax.common.json_files import packaged
 from diva_jax.models import backbones
 from diva_jax.models.backbones import Spec
 from diva_jax.models.backbones.shared import open_clip_config
-from diva_jax.models.library_config import packaged
 from diva_jax.weights.formats import read_json
 from diva_jax.weights.origins import diffusers_folder, open_source
 
