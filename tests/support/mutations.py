@@ -63,19 +63,9 @@ def damaged(rng: np.random.Generator, data: bytes, most: int = 4) -> bytes:
     for _ in range(int(rng.integers(1, most + 1))):
         if not data:
             break
-        at, what = int(rng.integers(len(data))), int(rng.integers(7))
-        if what == 0:
-            data[at] = int(rng.integers(256))
-        elif what == 1:
-            data[at] ^= 1 << int(rng.integers(8))
-        elif what == 2:
-            data[at:at] = rng.bytes(int(rng.integers(1, 9)))
-        elif what == 3:
-            del data[at : at + int(rng.integers(1, 9))]
-        elif what == 4:
-            del data[at:]
-        elif what == 5:
-            data[at:at] = data[: int(rng.integers(1, 64))]
-        else:
-            data[at] = b"\x00\r\n,\"'{}[]:-eE"[rng.integers(14)]
+        at, n, mark = int(rng.integers(len(data))), int(rng.integers(1, 9)), b"\x00\r\n,\"'{}[]:-eE"[rng.integers(14)]
+        flipped = data[at] ^ 1 << n - 1
+        changes = [(1, rng.bytes(1)), (1, [flipped]), (1, [mark]), (0, rng.bytes(n)), (0, data[: 8 * n])]
+        removed, new = [*changes, (n, b""), (len(data), b"")][rng.integers(7)]
+        data[at : at + removed] = new
     return bytes(data)

@@ -4,12 +4,7 @@ import torch
 
 torch.set_num_threads(2)
 
-
-def register_torchvision_operators():
-    """Defines two operators that torchvision needs at import and does not load with a CPU build of torch."""
-    for name in ("nms", "qnms"):
-        if not hasattr(torch.ops.torchvision, name):
-            torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-
-
-register_torchvision_operators()
+# Two operators that torchvision needs at import and does not load with a CPU build of torch.
+for name in ("nms", "qnms"):
+    if not hasattr(torch.ops.torchvision, name):
+        torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
