@@ -36,7 +36,7 @@ MANIFEST = {"facts": {"vae": {"a": 1}}, "records": 7, "crops": 2, "seed": 3, "pe
 def good(tmp_path_factory):
     folder = tmp_path_factory.mktemp("good")
     tasks = {"mmvp": samples.mmvp_task(samples.write_images(folder, 2)), "drift": samples.drift_task()}
-    tasks |= {"feedback": samples.feedback_task(), "zeroshot": samples.zeroshot_task()}
+    tasks |= {"feedback": samples.task("feedback"), "zeroshot": samples.task("zeroshot")}
     tasks["pairs"] = samples.pairs_task([0.5, 2.0], [-1.0, 1.0])
     for task, rows in (("mmvp", "patterns"), ("feedback", "timesteps")):
         for found in tasks[task]["weights"].values():
@@ -195,7 +195,7 @@ NAMES = ["../../up", "/abs", "a/b", "..", "", ".", "x\0y", "con:aux", "é" * 200
 
 def test_names_are_never_paths(tmp_path):
     """Names of tasks and metrics are part of the names of images."""
-    task = samples.feedback_task()
+    task = samples.task("feedback")
     for weights in task["weights"].values():
         del weights["timesteps"][2:]
         for bins in weights["timesteps"]:

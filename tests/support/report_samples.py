@@ -1,12 +1,12 @@
 """Evaluations and runs for the report's tests, in the files that diva_jax.evaluate and diva_jax.main write.
 
-report_samples.json has a task of each kind with the scores of two encoders. Of MMVP the pooled gain is beyond its
-interval; of the feedback the gap to another image's condition is zero within its interval before tuning alone; of the
-two images of the segmentation, the truth has classes 0 and 1 and pixels without a label, the predictions all four.
+report_samples.json has a task of each kind with the scores of two encoders, and what else results.json has. Of MMVP the
+pooled gain is beyond its interval; of the feedback the gap to another image's condition is zero within its interval
+before tuning alone; of the two images of the segmentation, the truth has classes 0 and 1 and pixels without a label,
+the predictions all four.
 """
 
 import copy
-import functools
 import json
 import math
 from pathlib import Path
@@ -38,12 +38,8 @@ def write_images(folder, count):
     return [str(p) for p in paths]
 
 
-def _task(name):
+def task(name):
     return copy.deepcopy(_TASKS[name])
-
-
-zeroshot_task, retrieval_task = functools.partial(_task, "zeroshot"), functools.partial(_task, "retrieval")
-feedback_task = functools.partial(_task, "feedback")
 
 
 def flips(images):
@@ -59,7 +55,7 @@ def flips(images):
 
 def pairs_task(pairs, matches):
     """Four numbers of a readout, whose differences are those of pairs and matches, with these intervals."""
-    out, metrics = _task("mmvp"), stats.pair_metrics("pooled", readout="pooled embedding")
+    out, metrics = task("mmvp"), stats.pair_metrics("pooled", readout="pooled embedding")
     compared = {}
     for metric in metrics:
         ends = matches if metric == "pooled_match" else pairs
@@ -71,13 +67,13 @@ def pairs_task(pairs, matches):
 
 def mmvp_task(images):
     """Both readouts, nine patterns, pairs that flipped both ways."""
-    out = _task("mmvp")
+    out = task("mmvp")
     out["comparisons"][0]["flipped"] = flips(images)
     return out
 
 
 def drift_task(ranks=(231.4, 198.2), cosine=0.9731):
-    out = _task("drift")
+    out = task("drift")
     for found, rank in zip(out["weights"].values(), ranks, strict=True):
         found["scores"]["effective_rank"]["score"] = rank
     out["comparisons"][0]["scores"]["cosine"] = score(cosine, 0.002)
@@ -85,7 +81,7 @@ def drift_task(ranks=(231.4, 198.2), cosine=0.9731):
 
 
 def segmentation_task(images):
-    out = _task("segmentation")
+    out = task("segmentation")
     for found in out["weights"].values():
         for picture, image in zip(found["pictures"], images, strict=True):
             picture["image"] = image
@@ -94,13 +90,8 @@ def segmentation_task(images):
 
 def write_evaluation(folder, images, source="runs/vitl14", **tasks):
     """results.json and predictions.csv as diva_jax.evals documents them."""
-    options = {"batch_size": 64, "seeds": 10, "bootstrap": 10000, "seed": 0, "dtype": "float32"}
-    results = {"schema": 1, "created": "2026-01-31T12:00:00+00:00", "seconds": 4800.2, "devices": "8 x cpu"}
-    results["versions"] = {"diva_jax": "0.1.0", "python": "3.11.9", "jax": "0.10.2"}
-    results |= {"config": {"backbone": {"name": "ViT-L-14-quickgelu", "image_size": 224}}, "options": options}
-    before = {"label": BEFORE, "source": "weights/vitl14", "step": None}
-    results["weights"] = [before, {"label": AFTER, "source": str(source), "step": 4600}]
-    results["tasks"] = tasks or {"mmvp": mmvp_task(images)}
+    results = task("results") | {"tasks": tasks or {"mmvp": mmvp_task(images)}}
+    results["weights"][1]["source"] = str(source)
     results["summary"] = summaries(results["tasks"])
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "results.json").write_text(json.dumps(results))
@@ -138,11 +129,11 @@ def write_steps(folder):
     """An evaluation of three steps of a run, whose tables have many columns: its folder."""
     images = write_images(folder, 4)
     write_run(folder / "run", rows=30)
-    task = mmvp_task(images)
+    of_mmvp = mmvp_task(images)
     for label in ("runs/vitl14:1000", "runs/vitl14:2000"):
-        task["weights"][label] = task["weights"][AFTER]
-        task["comparisons"].append(task["comparisons"][0] | {"after": label, "flipped": []})
-    results = write_evaluation(folder / "out", images, folder / "run", mmvp=task)
+        of_mmvp["weights"][label] = of_mmvp["weights"][AFTER]
+        of_mmvp["comparisons"].append(of_mmvp["comparisons"][0] | {"after": label, "flipped": []})
+    results = write_evaluation(folder / "out", images, folder / "run", mmvp=of_mmvp)
     for step in (1000, 2000):
         results["weights"].append({"label": f"runs/vitl14:{step}", "source": str(folder / "run"), "step": step})
     (folder / "out" / "results.json").write_text(json.dumps(results))
@@ -153,8 +144,8 @@ def write_full(folder):
     """An evaluation of a run that is still there, every section of a report: its folder; the run is `folder/run`."""
     images = write_images(folder, 28)
     write_run(folder / "run")
-    tasks = {"mmvp": mmvp_task(images), "feedback": feedback_task(), "retrieval": retrieval_task()}
+    tasks = {"mmvp": mmvp_task(images), "feedback": task("feedback"), "retrieval": task("retrieval")}
     tasks["segmentation"] = segmentation_task(images[-2:])
-    tasks |= {"drift": drift_task(), "zeroshot": zeroshot_task()}
+    tasks |= {"drift": drift_task(), "zeroshot": task("zeroshot")}
     write_evaluation(folder / "out", images, folder / "run", **tasks)
     return folder / "out"

@@ -51,7 +51,7 @@ def test_the_headline_is_the_verdict(tmp_path):
         ([-3.0, -1.0], {}, "sees less", "down lost"),
     ):
         task = samples.pairs_task([1.0, 3.0], matches)
-        content = read(tmp_path, mmvp=task, zeroshot=samples.zeroshot_task(), **drift)
+        content = read(tmp_path, mmvp=task, zeroshot=samples.task("zeroshot"), **drift)
         first = evaluation.findings(content)[0]
         assert (first.what, first.figures, first.kind) == (f"{samples.AFTER} against {samples.BEFORE}", says, kind)
         assert "zero-shot -0.1 [-0.2, +0.0]" in first.meaning and ("Not an improvement" in first.meaning) == bool(drift)
@@ -68,12 +68,12 @@ def test_the_headline_is_the_verdict(tmp_path):
 
 
 def test_noise_and_differences_that_are_none(tmp_path):
-    feedback = samples.feedback_task()
+    feedback = samples.task("feedback")
     # The tuned weights are the noise now.
     feedback["weights"] = dict(reversed(feedback["weights"].items()))
     mmvp = samples.mmvp_task([])
     mmvp["comparisons"][0]["scores"]["pooled"] |= {"difference": 0.7, "interval": [-2.0, 3.5]}
-    found = strip(html(read(tmp_path, feedback=feedback, mmvp=mmvp, retrieval=samples.retrieval_task())))
+    found = strip(html(read(tmp_path, feedback=feedback, mmvp=mmvp, retrieval=samples.task("retrieval"))))
     assert [kind for kind, _, _ in found] == ["bad", "bad", "doubt"]
     assert [title for _, title, _ in found] == ["Feedback is noise", "Worse than before", "No difference shown"]
     assert "openai: the interval of gap_other (−0.000300 to 0.000700) is not above zero" in found[0][2]
@@ -128,7 +128,7 @@ def test_sentences_on_a_control_do_not_contradict_themselves(tmp_path, better, d
 
 
 def test_a_lower_loss_is_better_and_no_interval_still_a_difference(tmp_path):
-    task = samples.feedback_task()
+    task = samples.task("feedback")
     difference = {"difference": -0.01, "interval": [-0.012, -0.008], "mcnemar": None}
     task["comparisons"] = [{"before": samples.BEFORE, "after": samples.AFTER, "scores": {"loss_own": difference}}]
     source = html(read(tmp_path, feedback=task))

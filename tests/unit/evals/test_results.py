@@ -84,7 +84,7 @@ def test_the_documented_form_is_the_declared_one():
 
 
 ENDS = {1: [0.5, 3.0], 0: [-1.0, 2.0], -1: [-4.0, -0.2]}
-OTHERS = {"zeroshot": samples.zeroshot_task, "retrieval": samples.retrieval_task, "drift": samples.drift_task}
+OTHERS = ("zeroshot", "retrieval", "drift")
 FIGURES = ("zero-shot -0.1 [-0.2, +0.0]", "retrieval -0.3 [-0.6, -0.1], -0.3", "drift 0.973 [0.971, 0.975]")
 
 
@@ -101,7 +101,7 @@ def summaries(pairs, matches, control=None, **others):
 @pytest.mark.parametrize("pairs, matches", list(itertools.product(ENDS, ENDS)))
 def test_the_verdict_is_that_of_the_intervals_and_what_was_not_measured_is_said(pairs, matches):
     for given in (c for n in range(4) for c in itertools.combinations(OTHERS, n)):
-        (found,) = summaries(pairs, matches, **{name: OTHERS[name]() for name in given})
+        (found,) = summaries(pairs, matches, **{name: samples.task(name) for name in given})
         want = {1: "sees more", -1: "sees less"}.get(matches)
         want = want or ("differently calibrated" if pairs else "no difference shown")
         assert found["says"] == found["verdicts"][0]["says"] == want
@@ -126,7 +126,7 @@ def test_a_claim_needs_the_interval_over_items_and_the_one_over_runs(items, over
 
 @pytest.mark.parametrize("control", ENDS)
 def test_the_same_against_a_control(control):
-    found = summaries(1, 1, control, zeroshot=samples.zeroshot_task())
+    found = summaries(1, 1, control, zeroshot=samples.task("zeroshot"))
     ends = [(s["after"], s["before"], s["control"]) for s in found]
     tuned = samples.AFTER
     assert ends == [(tuned, samples.BEFORE, False), (tuned, "control", True), ("control", samples.BEFORE, False)]
@@ -141,7 +141,7 @@ def test_the_words_are_first_on_the_screen():
     rows = [line.split() for line in lines if f"-> {samples.AFTER}" in line]
     assert [row[3] for row in rows] == ["pooled", "pooled_match"]
     assert rows[1][-4:] == ["texts", "+1.75", "groups", "+1.75"]
-    assert results.summaries({"drift": samples.drift_task(), "zeroshot": samples.zeroshot_task()}) == []
+    assert results.summaries({"drift": samples.drift_task(), "zeroshot": samples.task("zeroshot")}) == []
     wrong = samples.drift_task()
     wrong["comparisons"][0]["scores"]["cosine"]["score"] = "0.9"
     assert summaries(1, 1, drift=wrong) == []
