@@ -18,6 +18,7 @@ BOUND = 2e-5
 
 sys.path[:0] = [folder for folder in (str(HERE), str(HERE.parent / "support")) if folder not in sys.path]
 
+import reading  # noqa: E402
 from helpers import relative_error  # noqa: E402
 
 
@@ -29,15 +30,14 @@ def errors(path: str | Path) -> list[tuple[str, float, float]]:
     `sd` are the state dicts of U-Net and VAE.
 
     Raises:
-      ValueError: no method has files of this name, one that belongs to it is missing, or it records other quantities
-        than we compute.
+      ValueError: no method has files of this name, or it records other quantities than we compute.
     """
     path = Path(path)
     methods = [importlib.import_module(name) for name in METHODS]
     if not (method := next((m for m in methods if path.stem.startswith(m.PREFIX)), None)):
         raise ValueError(f"{path.name} is not named as the files of any method")
     with jax.default_matmul_precision("highest"):
-        recorded, ours, scales = method.compare(path, np.load(path), np.load(HERE / "sd_tiny_7.npz"))
+        recorded, ours, scales = method.compare(path, np.load(path), np.load(reading.SD))
     if differ := sorted(set(recorded) ^ set(ours)):
         raise ValueError(f"quantities differ: {differ}")
     # A rounding to bfloat16 may fall to the other side.

@@ -60,9 +60,8 @@ def compare(path, z, sd):
     indices = stack("token_indices") if "token_indices/0" in z.files else None
     drawn = diva.DivaDraws(stack("timesteps"), stack("noise"), indices)
     skeleton, arrays = partition.disassemble(module)
-    trains = lambda name: name.startswith(("vision/", "visual_proj/"))  # noqa: E731
-    loss = lambda module: module.forward(jnp.asarray(z["pixels"]), drawn)  # noqa: E731
-    (_, seen), grads = differentiate(skeleton, arrays, trains, loss)
+    trained, pixels = [n for n in arrays if n.split("/")[0] in tables], jnp.asarray(z["pixels"])
+    (_, seen), grads = differentiate(skeleton, arrays, trained.__contains__, lambda m: m.forward(pixels, drawn))
     out = {"latents": seen["latents"], "losses": seen["losses"]}
     for key in ("features", "context", "pred_noise"):
         out |= {f"{key}/{k}": seen[key][k] for k in range(n)}

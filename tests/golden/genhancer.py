@@ -1,7 +1,7 @@
 """Golden files of GenHancer (continuous): forward pass, gradients of both stages, and FLUX's encoder, on tiny modules.
 
-A case consists of NAME.npz (draws, weights, forward pass), NAME_grad1.npz and NAME_stage2.npz, which are looked for
-beside the given file, then in `family`. A case with draws of the posterior takes its encoder from genhancer_vae.npz.
+A case consists of NAME.npz (draws, weights, forward pass), NAME_grad1.npz and NAME_stage2.npz, and has its encoder in
+genhancer_vae.npz, all in one folder.
 """
 
 import dataclasses
@@ -36,29 +36,20 @@ GENERATOR = {"project_clip": ("project_clip.", _PROJECTOR), "project_t5": ("proj
 GENERATOR["denoiser"] = ("dit.", names.Table("FLUX's transformer", _DENOISER))
 
 PREFIX = "genhancer"
-FAMILY = Path(__file__).parent / "family"
 PARTS = ("_grad1", "_stage2")
 HEADS = 4  # Of every vision tower; the arrays do not tell.
 # What a file records and is no result.
 GIVEN = ("meta", "pixels", "draw/", "w/", "lora/", "deep/pixels", "deep/posterior", "a/w/", "deep/w/")
 
 
-def read_all(path: Path, name: str):
-    """(arrays, `meta`, arrays of the VAE's encoder, its sizes) of a case, whichever of its files was given."""
-
-    def beside(file: str) -> Path | None:
-        return next((p for p in (path.with_name(file), FAMILY / file) if p.is_file()), None)
-
+def read_all(folder: Path, name: str):
+    """(arrays, `meta`, arrays of the VAE's encoder, its sizes) of a case of a folder."""
     arrays, meta = {}, {}
-    for file in filter(None, (beside(f"{name}{end}.npz") for end in ("", *PARTS))):
-        z = np.load(file)
+    for end in ("", *PARTS):
+        z = np.load(folder / f"{name}{end}.npz")
         arrays |= {k: z[k] for k in z.files if k != "meta"}
         meta |= json.loads(str(z["meta"]))
-    vae = beside("genhancer_vae.npz")
-    if "pixels" not in arrays or vae is None:
-        missing = "genhancer_vae.npz" if vae is None else f"{name}.npz"
-        raise ValueError(f"{missing}, which {path.name} belongs to, is missing: put it beside it")
-    return arrays, meta, *encoder_of(np.load(vae), name.removeprefix("genhancer_"))
+    return arrays, meta, *encoder_of(np.load(folder / "genhancer_vae.npz"), name.removeprefix("genhancer_"))
 
 
 def settings(arrays, meta, vae: FluxVAEConfig, adapted: bool):
@@ -98,7 +89,7 @@ def made(arrays, c, encoder: Tensors) -> tuple[partition.Skeleton, dict[str, jax
 @functools.cache
 def computed(folder: Path, name: str) -> tuple[dict, dict]:
     """Returns the arrays of a case of a folder and what we compute of it, once for all its files."""
-    a, meta, encoder, sizes = read_all(folder / f"{name}.npz", name)
+    a, meta, encoder, sizes = read_all(folder, name)
     pixels, freqs = jnp.asarray(a["pixels"]), a["f/freqs"]
     posterior = jnp.asarray(a["draw/posterior"])
     drawn = genhancer.GenHancerDraws(posterior, jnp.asarray(a["draw/t_normal"]), jnp.asarray(a["draw/noise"]))
@@ -109,16 +100,13 @@ def computed(folder: Path, name: str) -> tuple[dict, dict]:
     (value, seen), grads = differentiate(skeleton, weights, trains, loss)
     out = {"latents": latents, "loss": value} | {f"f/{k}": v for k, v in seen.items()}
     out |= beside_the_forward(skeleton.merge(weights), pixels, latents.shape, seen, freqs)
-    if any(k.startswith("grad1/") for k in a):
-        out |= generator("grad1", skeleton, grads)
-    if any(k.startswith("lora/") for k in a):
-        c = settings(a, meta, sizes, adapted=True)
-        skeleton, weights = made(a, c, encoder)
-        scales = partition.scales(genhancer.stages(c)[-1].trainable, weights)
-        (value, seen), grads = differentiate(skeleton, weights, lambda n: scales[n] > 0, loss)
-        out |= {"loss2": value} | {f"f2/{k}": seen[k] for k in ("embed", "vec", "txt", "pred")}
-        out |= stage2(skeleton, skeleton.merge(weights), pixels, grads)
-    return a, out
+    out |= generator("grad1", skeleton, grads)
+    c = settings(a, meta, sizes, adapted=True)
+    skeleton, weights = made(a, c, encoder)
+    scales = partition.scales(genhancer.stages(c)[-1].trainable, weights)
+    (value, seen), grads = differentiate(skeleton, weights, lambda n: scales[n] > 0, loss)
+    out |= {"loss2": value} | {f"f2/{k}": seen[k] for k in ("embed", "vec", "txt", "pred")}
+    return a, out | stage2(skeleton, skeleton.merge(weights), pixels, grads)
 
 
 def beside_the_forward(module, pixels, latents, seen, freqs) -> dict:

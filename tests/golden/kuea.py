@@ -5,6 +5,7 @@ losses of all six. Every switch is faithful.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -98,22 +99,18 @@ def compute(z) -> dict[str, np.ndarray]:
     p, arrays = program(z, kernel_params="exact")
     pixels = jnp.asarray(z["pixels"])
 
-    def loss(of):
-        def forward(module):
-            value, seen = module.forward(pixels, pixels)
-            seen = {**seen, "loss_total": value}
-            return seen[of], seen
+    def forward(of, module):
+        value, seen = module.forward(pixels, pixels)
+        seen = {**seen, "loss_total": value}
+        return seen[of], seen
 
-        return forward
-
-    (_, seen), whole = differentiate(p.skeleton, arrays, p.trained.__contains__, loss("loss_total"))
-    _, kernel = differentiate(p.skeleton, arrays, p.trained.__contains__, loss("loss_kernel"))
-    out = dict(seen, teacher_input=p.skeleton.merge(arrays).teacher_view(pixels))
-    for key, tree in (("grad", whole), ("grad_kernel", kernel)):
+    out = {"teacher_input": p.skeleton.merge(arrays).teacher_view(pixels)}
+    for key, of in (("grad", "loss_total"), ("grad_kernel", "loss_kernel")):
+        (_, seen), tree = differentiate(p.skeleton, arrays, p.trained.__contains__, functools.partial(forward, of))
         tensors = gradients(p.skeleton, tree, "vision", names.table("vision", p.objective.spec))
         out |= {f"{key}/{n.removeprefix('visual.')}": a for n, a in tensors.items()}
         out[f"{key}/gamma_coef0"] = tree["kernel_params"]
-    return {k: np.asarray(v) for k, v in out.items()} | trajectory(z)
+    return {k: np.asarray(v) for k, v in (out | seen).items()} | trajectory(z)
 
 
 def compare(path, z, sd):

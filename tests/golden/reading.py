@@ -1,6 +1,8 @@
 """What the readers of golden files share."""
 
+import json
 import re
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -11,13 +13,7 @@ from diva_jax import config
 from diva_jax.models import backbones
 from diva_jax.weights import names
 
-# The U-Net and the VAE of the golden files, in diffusers' terms.
-_UNET = dict(block_out_channels=(16, 32, 32, 32), layers_per_block=2, attention_head_dim=(2, 2, 4, 4))
-_UNET |= dict(cross_attention_dim=48, use_linear_projection=True, norm_num_groups=8)
-_UNET |= dict(down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",))
-_UNET |= dict(up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3)
-_VAE = dict(block_out_channels=(8, 16, 16, 16), layers_per_block=2, norm_num_groups=4)
-_VAE |= dict(down_block_types=("DownEncoderBlock2D",) * 4)
+SD = Path(__file__).with_name("sd_tiny_7.npz")  # The U-Net and the VAE of the golden files; their config is beside it.
 
 
 def take(arrays, prefix: str, new: str = "") -> dict[str, np.ndarray]:
@@ -64,8 +60,9 @@ def hf_tensors(path, array) -> dict[str, np.ndarray]:
 
 
 def diffusion_config() -> dict:
+    """The default config's parts of Stable Diffusion, with the U-Net and the VAE of the golden files."""
     preset = config.default().diffusion.to_dict()
-    return dict(unet=dict(_UNET), vae=dict(_VAE), text_encoder=preset["text_encoder"], scheduler=preset["scheduler"])
+    return {k: preset[k] for k in ("text_encoder", "scheduler")} | json.loads(SD.with_suffix(".json").read_text())
 
 
 def fill_generator(module, sd, text_context, unet=()) -> None:

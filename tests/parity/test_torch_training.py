@@ -90,10 +90,8 @@ def test_ten_steps_of_diva(optimizer, mode):
         minimised = sum(first + last / c.accum for first, last in parts)
         return {"minimised": minimised, "loss": sum(map(sum, parts)).detach() / 2 / c.accum}
 
-    parts = {
-        "vision": (model.vision, names.table("vision", model.spec)),
-        "visual_proj": (model.visual_proj, PROJECTION),
-    }
+    parts = {"vision": (model.vision, names.table("vision", model.spec))}
+    parts["visual_proj"] = (model.visual_proj, PROJECTION)
     trained = [a for module, _ in parts.values() for a in module.parameters()]
     groups = [{"params": [a for a in trained if a.ndim > 1]}]
     groups.append({"params": [a for a in trained if a.ndim == 1], "weight_decay": 0.0})

@@ -29,7 +29,6 @@ from diva_jax.weights import formats
 from diva_jax.weights.export import publish
 
 pytestmark = pytest.mark.attack
-MANIFEST = {"facts": {"vae": {"a": 1}}, "records": 7, "crops": 2, "seed": 3, "per_shard": 4, "shape": [4, 6, 8]}
 
 
 @pytest.fixture(scope="module")
@@ -43,17 +42,7 @@ def good(tmp_path_factory):
             del found[rows][2:]
     samples.write_run(folder, rows=6)
     samples.write_evaluation(folder, [], "w", **tasks)
-    tree = {"images.json": {"title": "t", "note": "n", "rows": [[{"image": "a.png", "caption": "x"}]]}}
-    tree |= {
-        "lock.json": {"host": "elsewhere", "pid": 1, "beat": 7, "token": "x"},
-        "latents.json": {"format": 1, **MANIFEST},
-    }
-    tree |= {
-        "Patterns.json": {"patterns": ["a", "b"], "pairs": 3},
-        "captions/a.png": "PNG",
-        "captions/a.txt": "a caption",
-    }
-    trees.change(folder, tree | {"shards/": {}})
+    trees.change(folder, json.loads(Path(__file__).with_name("foreign.json").read_text()))
     state = {"params": {"a": np.ones(3, np.float32)}, "step": np.int32(3)}
     with checkpoint.Checkpoints(folder) as checkpoints:
         checkpoints.save(3, jax.tree.map(jax.numpy.asarray, state), {"batches": 3}, {"config": {"steps": 9}}, wait=True)

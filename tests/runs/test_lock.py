@@ -5,12 +5,12 @@ import itertools
 import json
 import os
 import socket
-import subprocess
 import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import commands
 import pytest
 from etils import epath
 from helpers import failed, refused
@@ -92,13 +92,10 @@ def test_a_run_that_lost_its_lock_ends_and_leaves_that_of_the_other(tmp_path):
 def test_a_process_of_this_machine_that_lives_is_named(tmp_path):
     code = "import sys, time, diva_jax.training.lock as l; l.RENEWAL_INTERVAL_S = .05; from etils import epath; "
     code += "l.Lock(epath.Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"
-    other = subprocess.Popen([sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE, text=True)
-    try:
-        assert other.stdout.readline() == "held\n"
-        refused(f"in use by process {other.pid} on ", lambda: Lock(epath.Path(tmp_path)))
-    finally:
-        other.kill()
-        other.wait()
+    other = commands.launch(sys.executable, "-c", code, tmp_path)
+    assert other.stdout.readline() == "held\n"
+    refused(f"in use by process {other.pid} on ", lambda: Lock(epath.Path(tmp_path)))
+    commands.kill_all()
     began = time.monotonic()
     Lock(epath.Path(tmp_path)).close()  # It has ended, and its lock is taken over at once.
     assert time.monotonic() - began < 0.5

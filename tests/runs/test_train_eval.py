@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 import small
+from e2e_config import get_config
 from eval_data import write_class_folders
 from places import SUPPORT
 from processes import finish, start_all
@@ -32,10 +33,8 @@ def photos(tmp_path_factory):
 
 def config(files, **fields):
     """On eight devices, over which the parameters are split."""
-    first = dict(steps=TOTAL, batch_size=8, checkpoint__every=2, log__every=1, data__path=f"{files}/photos")
-    first |= dict(backbone__source=f"{files}/clip", diffusion__source=f"{files}/stable-diffusion", data__threads=2)
-    first |= dict(mesh__fsdp=4, mesh__min_shard=64)
-    return small.small_config(**first, **fields)
+    first = dict(steps=TOTAL, accum=1, condition__warmup_steps=0, checkpoint__every=2, mesh__fsdp=4, mesh__min_shard=64)
+    return small.with_fields(get_config(str(files)), first | fields)
 
 
 def evaluating(files, photos):

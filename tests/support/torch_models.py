@@ -10,6 +10,7 @@ import tempfile
 from collections import OrderedDict
 from pathlib import Path
 
+import chex
 import numpy as np
 import open_clip
 import sentencepiece
@@ -198,9 +199,7 @@ def transformers_folder(folder, spec=CLIP_FOLDER, **save):
 
 def equal(ours, theirs):
     """Asserts that two mappings contain the same tensors, bit-identical."""
-    assert ours.keys() == theirs.keys()
-    for name in ours:
-        np.testing.assert_array_equal(np.asarray(ours[name]), np.asarray(theirs[name]), err_msg=name)
+    chex.assert_trees_all_equal(*({name: np.asarray(a) for name, a in of.items()} for of in (ours, theirs)))
 
 
 def written_by_open_clip(folder, spec=CLIP_FOLDER):

@@ -31,22 +31,15 @@ SD21_BASE, SD21_UNCLIP = (PRESETS[name]["unet"] for name in ("sd21_base", "uncli
 # Small variants: channels that are not powers of two, groups of one to six channels and, except for "2.1", another
 # norm_eps, which applies only to the norms outside the transformers.
 _TINY = dict(norm_num_groups=8, sample_size=16)
-_TWO_LEVELS = _TINY | dict(
-    norm_eps=1e-2,
-    down_block_types=["CrossAttnDownBlock2D", "DownBlock2D"],
-    up_block_types=["UpBlock2D", "CrossAttnUpBlock2D"],
-)
-_PLAIN = _TWO_LEVELS | dict(cross_attention_dim=24, layers_per_block=1)
+_PLAIN = _TINY | dict(norm_eps=1e-2, cross_attention_dim=24, layers_per_block=1)
+_PLAIN["down_block_types"] = ["CrossAttnDownBlock2D", "DownBlock2D"]
+_PLAIN["up_block_types"] = ["UpBlock2D", "CrossAttnUpBlock2D"]
+_FOUR = dict(block_out_channels=[16, 24, 48, 48], attention_head_dim=[2, 2, 4, 8], layers_per_block=[1, 2, 1, 1])
+# With the projections of 1.5, which are convolutions.
+_CLASSES = dict(block_out_channels=[24, 32], attention_head_dim=[3, 2], use_linear_projection=False)
 TINY = {
-    "2.1": SD21_BASE
-    | _TINY
-    | dict(block_out_channels=[16, 24, 48, 48], attention_head_dim=[2, 2, 4, 8], cross_attention_dim=20)
-    | dict(layers_per_block=[1, 2, 1, 1]),
-    # With the projections of 1.5, which are convolutions.
-    "unclip": SD21_UNCLIP
-    | _PLAIN
-    | dict(block_out_channels=[24, 32], attention_head_dim=[3, 2], use_linear_projection=False)
-    | dict(projection_class_embeddings_input_dim=10),
+    "2.1": SD21_BASE | _TINY | _FOUR | dict(cross_attention_dim=20),
+    "unclip": SD21_UNCLIP | _PLAIN | _CLASSES | dict(projection_class_embeddings_input_dim=10),
     "mini": SD21_BASE | _PLAIN | dict(block_out_channels=[8, 24], attention_head_dim=[1, 3]),
 }
 

@@ -45,9 +45,7 @@ MODELS |= dict(dinov2=(DINOV2, "Bit", None), dinov2_reg=(DINOV2_REG, "Bit", None
 
 def processor(kind, spec, rng, seed):
     """A processor with a generated size, crop and filter; DINOv2's images may be of another size than its weights'."""
-    crop = spec.image_size
-    if spec.arch == "dinov2":
-        crop = (54, 30)[seed]
+    crop = (54, 30)[seed] if spec.arch == "dinov2" else spec.image_size
     options = dict(resample=int(rng.integers(6)))
     options |= dict(image_mean=rng.uniform(0.3, 0.6, 3).tolist(), image_std=rng.uniform(0.2, 0.4, 3).tolist())
     side = crop + int(rng.integers(1, 20))
@@ -63,10 +61,8 @@ def test_images_and_texts(tmp_path, name, seed):
     """One of two from shards; test_layouts.py has the names of tensors."""
     spec, kind, ids = MODELS[name]
     kind, rng = getattr(transformers, f"{kind}ImageProcessorPil"), np.random.default_rng(seed)
-    model, prepare = (
-        transformers_folder(tmp_path, spec, max_shard_size=("1GB", "100KB")[seed]),
-        processor(kind, spec, rng, seed),
-    )
+    model = transformers_folder(tmp_path, spec, max_shard_size=("1GB", "100KB")[seed])
+    prepare = processor(kind, spec, rng, seed)
     prepare.save_pretrained(tmp_path)
     image = Image.fromarray(rng.integers(0, 255, (*rng.integers(40, 100, 2), 3), np.uint8))
     with torch.no_grad():

@@ -144,10 +144,8 @@ def test_losses_of_the_conditions():
 
 
 def test_statistics_come_from_the_generator(tmp_path):
-    rng, c = (
-        np.random.default_rng(5),
-        small.unclip_config(unclip__embed_noise="level3", diffusion__source=str(tmp_path)),
-    )
+    rng = np.random.default_rng(5)
+    c = small.unclip_config(unclip__embed_noise="level3", diffusion__source=str(tmp_path))
     statistics = {n: rng.uniform(0.5, 1.5, (1, small.SPEC.embed_dim)).astype(np.float32) for n in ("mean", "std")}
     file = tmp_path / "image_normalizer" / "diffusion_pytorch_model.safetensors"
     file.parent.mkdir()
