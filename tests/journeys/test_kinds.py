@@ -66,9 +66,12 @@ def lines(backbone, data, images, fmt):
     yield "evaluate", [config, *weights, "--task=drift", f"--data={images}", f"--out=results/{backbone}"]
 
 
-def scores(root, backbone) -> list[dict]:
+def same(root, backbone) -> dict:
+    """Asserts that run and export have the same scores; returns the task's results."""
     task = json.loads((root / f"results/{backbone}/results.json").read_text())["tasks"]["drift"]
-    return [weights["scores"] for weights in task["weights"].values()]
+    _, run, exported = (weights["scores"] for weights in task["weights"].values())
+    assert run == exported and task["count"] == COUNT
+    return task
 
 
 @pytest.fixture(scope="module")
@@ -88,11 +91,7 @@ def walked(tmp_path_factory):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_export_has_the_scores_of_the_run(walked, kind):
-    backbone = KINDS[kind][0]
-    task = json.loads((walked / f"results/{backbone}/results.json").read_text())["tasks"]["drift"]
-    _, run, exported = (weights["scores"] for weights in task["weights"].values())
-    assert run == exported and task["count"] == COUNT
-    of_run, of_export = (c["scores"] for c in task["comparisons"][:2])
+    of_run, of_export = (c["scores"] for c in same(walked, KINDS[kind][0])["comparisons"][:2])
     assert of_run == of_export and 0.1 < of_run["cosine"]["score"] < 0.9999999
 
 
@@ -106,5 +105,4 @@ def test_eva02_from_a_folder_to_open_clip(walked):
     demo.write_clip(walked / "eva02", from_open_clip({"model_cfg": model}))
     for command, line in lines("eva02", f"{walked}/data/folder", walked / "data/folder", "open_clip"):
         commands.succeed(command, *line, cwd=walked)
-    _, run, exported = scores(walked, "eva02")
-    assert run == exported
+    same(walked, "eva02")

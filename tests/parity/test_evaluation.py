@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import commands
@@ -16,20 +17,20 @@ from clip_benchmark.metrics import linear_probe, zeroshot_classification, zerosh
 from clip_benchmark.models.open_clip import load_open_clip
 from eval_data import encoded, eval_config, patch, write_class_folders, write_mmvp
 from helpers import close, refused, tensors
+from open_clip.tokenizer import default_bpe
 from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import top_k_accuracy_score
 from specs import EVAL_CLIP as CLIP
-from torch_models import centred, torch_model, write_model
+from torch_models import centred, torch_model, written_by_open_clip
 
 from diva_jax.evals import encode, evaluator
 from diva_jax.evals.tasks import probe, robustness, zeroshot
-from diva_jax.models.backbones.shared.open_clip_config import to_open_clip
 from diva_jax.report import evaluation, inputs, page
 from diva_jax.training import checkpoint, partition, workdirs
 from diva_jax.weights import formats, origins
-from diva_jax.weights.formats import write_json, write_safetensors
+from diva_jax.weights.formats import write_safetensors
 
 WORDS = "zero one two three four five six seven eight nine".split()
 TEMPLATES = ["a photo of the number: {c}.", "the digit {c}", 'a {c}, "hand-written".']
@@ -46,8 +47,9 @@ def digit(i: int) -> Image.Image:
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
     model = centred(torch_model(CLIP), CLIP, [digit(i) for i in range(0, 1500, 30)], [f"the digit {w}" for w in WORDS])
-    folder = write_model(tmp_path_factory.mktemp("exported"), model)
-    write_json(folder / "open_clip_config.json", to_open_clip(CLIP))
+    folder = tmp_path_factory.mktemp("runs") / "exported"
+    written_by_open_clip(folder, CLIP, model)
+    shutil.copy(default_bpe(), folder / "bpe_simple_vocab_16e6.txt.gz")
     return folder
 
 

@@ -18,7 +18,7 @@ import pytest
 import small
 import yaml
 from commands import launch, wait_for_step
-from e2e_config import get_config
+from e2e_config import rotations
 from etils import epath
 from helpers import failed, refused
 from jax.experimental.compilation_cache import compilation_cache
@@ -33,12 +33,10 @@ TPU = ROOT / "tpu"
 
 
 def run_here(files, workdir) -> None:
-    config = get_config(f"outside.rotations:{files}")
-    config.update_from_flattened_dict(FIELDS)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline.Batches, "wait", pipeline.Batches.wait)  # `record` replaces it.
         record(f"{workdir}.here.rows")
-        assert loop.Run(config, workdir).run()
+        assert loop.Run(rotations(files, **FIELDS), workdir).run()
 
 
 def seen(workdir) -> dict[tuple[int, int], int]:
@@ -200,9 +198,8 @@ def test_alone_on_a_machine_nothing_is_joined(monkeypatch):
 def test_metrics_on_a_full_disk_stop_the_run(files, tmp_path, monkeypatch):
     full = mock.Mock(side_effect=OSError("No space left on device"))
     monkeypatch.setattr(metrics.Writer, "write", full)
-    config = get_config(f"outside.rotations:{files}")
-    config.update_from_flattened_dict(FIELDS)
-    failed("step 2: .*No space left on device.*last checkpoint is kept", lambda: loop.Run(config, tmp_path).run())
+    run = loop.Run(rotations(files, **FIELDS), tmp_path)
+    failed("step 2: .*No space left on device.*last checkpoint is kept", run.run)
 
 
 CACHE_FIELDS = ("compilation_cache_dir", "persistent_cache_min_compile_time_secs", "compilation_cache_max_size")
@@ -229,7 +226,7 @@ def test_the_step_is_compiled_once_for_every_schedule_and_workdir(tmp_path, monk
         for i, fields in enumerate(({}, {}, {"steps": 37, "optim__lr": 3e-5, "optim__warmup": 0.0})):
             compiler.use_cache("auto", epath.Path(tmp_path / f"run{i}"))
             compilation_cache.reset_cache()  # Without this, jax keeps using its first folder.
-            p = small.program(small.with_fields(get_config("outside.rotations:none"), fields))
+            p = small.program(rotations(**fields))
             lowered = p.step(0).lower(p.abstract_state(0), p.abstract_frozen(), p.abstract_batch())
             events.clear()
             lowered.compile()

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import small
-from e2e_config import get_config
+from e2e_config import rotations
 from etils import epath
 from helpers import refused
 from jax.experimental.compilation_cache import compilation_cache
@@ -21,20 +21,15 @@ from diva_jax.training import compiler, step
 from diva_jax.training.step import Steps
 
 
-def step_config(**fields):
-    return small.with_fields(get_config("outside.rotations:none"), fields)
-
-
 def lowered(p):
     return p.step(0).lower(p.abstract_state(0), p.abstract_frozen(), p.abstract_batch())
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """With the executable of `config()` on two devices, at the precision of the tests; not one from jax's cache, since
-    XLA writes none for a CPU that it has read.
-    """
-    p, path = small.program(step_config(), 2), tmp_path_factory.mktemp("saved")
+    """With the executable of `rotations()` on two devices, at the precision of the tests; not one from jax's cache, as
+    XLA writes none for a CPU that it has read."""
+    p, path = small.program(rotations(), 2), tmp_path_factory.mktemp("saved")
     with jax.default_matmul_precision("highest"):
         step = lowered(p)
     known, before = compiler.executable_facts(step, p), jax.config.jax_compilation_cache_dir
@@ -54,9 +49,9 @@ def one_step(p, saved=None):
 
 def test_a_saved_step_is_the_compiled_one(folder, monkeypatch, capfd):
     """Bit for bit, for a schedule of another length too, and nothing is compiled."""
-    expected = one_step(small.program(step_config(steps=37), 2))
+    expected = one_step(small.program(rotations(steps=37), 2))
     monkeypatch.setattr(compiler, "compiled", lambda lowered: pytest.fail("compiled"))
-    jax.tree.map(np.testing.assert_array_equal, one_step(small.program(step_config(steps=37), 2), folder), expected)
+    jax.tree.map(np.testing.assert_array_equal, one_step(small.program(rotations(steps=37), 2), folder), expected)
     said = capfd.readouterr().out
     assert f"not compiled: {folder}/0-" in said and "ready in" in said
 
@@ -99,7 +94,7 @@ CHANGES = [
 
 @pytest.mark.parametrize("change, said", CHANGES)
 def test_what_does_not_belong_to_it_is_not_unpickled(folder, tmp_path, monkeypatch, capfd, change, said):
-    p = small.program(step_config(), 2)
+    p = small.program(rotations(), 2)
     monkeypatch.setattr(compiler.serialize_executable, "deserialize_and_load", lambda *a: pytest.fail("unpickled"))
     assert compiler.load_executable(copied(folder, tmp_path, change), 0, lowered(p), p) is None
     told = capfd.readouterr().out
@@ -111,7 +106,7 @@ def test_the_line_says_what_differs(folder, capfd, tmp_path):
         (dict(optim__clip=3.0), 2, "config.optim.clip (1.0 there, 3.0 here)"),
         ({}, 1, "the devices ('2 x cpu' there, '1 x cpu' here)"),
     ):
-        p = small.program(step_config(**fields), devices)
+        p = small.program(rotations(**fields), devices)
         assert compiler.load_executable(folder, 0, lowered(p), p) is None
         assert said in capfd.readouterr().out
     refused("aot --save", compiler.saved_in, str(tmp_path))

@@ -15,6 +15,11 @@ WORLD = {
 }
 
 
+def rotations(folder="none", **fields):
+    """The config of docs/WRITE_AN_OBJECTIVE.md's objective on the files of a folder; `fields` as `with_fields`'s."""
+    return with_fields(get_config(f"outside.rotations:{folder}"), fields)
+
+
 def get_config(arg: str):
     objective, _, folder = arg.rpartition(":")
     if objective in WORLD:

@@ -47,8 +47,7 @@ def patch(index: int) -> Image.Image:
 def write_image(path: Path, index: int) -> None:
     """Writes `patch(index)` in the format of the file's name."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    form = {".jpg": "JPEG", ".jpeg": "JPEG"}.get(path.suffix, "PNG")
-    path.write_bytes(encoded(patch(index), form))
+    patch(index).save(path)
 
 
 def write_class_folders(root: Path, labels: list[int], folders: list[str]) -> Path:

@@ -95,24 +95,20 @@ comclip_config = partial(_config, "comclip", _COMCLIP, dinov2="teacher", spec=_C
 salm_config = partial(_config, "salm", _TAUGHT | _SALM, dinov2="teacher")
 
 
-def kuea_arrays(p: Program) -> dict:
-    """`random_arrays` with a kernel as in training."""
-    arrays = random_arrays(p)
-    kernel = {n: jax.device_put(jnp.asarray([0.03, 0.19]), p.shardings[n]) for n in arrays if n == "kernel_params"}
-    return arrays | kernel
-
-
 def program(c, devices: int = 1) -> Program:
     return Program(c, partition.make_mesh(c.mesh, jax.devices()[:devices]))
 
 
 def random_arrays(p: Program, seed: int = 0) -> dict:
-    """Returns every parameter of a program, including the text condition, on its sharding; norms and biases random."""
+    """Returns every parameter of a program, including the text condition, on its sharding; norms and biases random, the
+    kernel of KUEA as in training."""
     rng, out = np.random.default_rng(seed), {}
     for name, a in p.arrays.items():
         noise = rng.normal(size=a.shape)
         if name.endswith("/kernel"):
             value = noise / np.prod(a.shape[:-1]) ** 0.5
+        elif name == "kernel_params":
+            value = np.array([0.03, 0.19])
         else:
             value = 0.3 * noise + name.endswith("/scale")
         out[name] = jax.device_put(value.astype(a.dtype), p.shardings[name])

@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import functools
-import shutil
 import string
 import tarfile
 import tempfile
@@ -30,7 +29,6 @@ from diva_jax.data.tokenizers import siglip_clean
 from diva_jax.models.backbones import Spec
 from diva_jax.models.backbones.shared.open_clip_config import to_open_clip
 from diva_jax.weights import names
-from diva_jax.weights.formats import write_safetensors
 
 
 def _ratio(spec: Spec, times: int = 1) -> float:
@@ -136,14 +134,6 @@ def centred(model: torch.nn.Module, spec: Spec, pictures: list[Image.Image], tex
     return model
 
 
-def write_model(folder: Path, model: torch.nn.Module) -> Path:
-    """Writes weights and CLIP's tokenizer to a folder, as a source."""
-    folder.mkdir(exist_ok=True)
-    write_safetensors(folder / "open_clip_model.safetensors", tensors(model))
-    shutil.copy(open_clip.tokenizer.default_bpe(), folder / "bpe_simple_vocab_16e6.txt.gz")
-    return folder
-
-
 @functools.cache
 def _sentencepiece() -> tempfile.TemporaryDirectory:
     lines = Path(tarfile.__file__).read_text().splitlines() + Path(argparse.__file__).read_text().splitlines()
@@ -202,10 +192,10 @@ def equal(ours, theirs):
     chex.assert_trees_all_equal(*({name: np.asarray(a) for name, a in of.items()} for of in (ours, theirs)))
 
 
-def written_by_open_clip(folder, spec=CLIP_FOLDER):
-    """Writes a random CLIP of `spec` as open_clip does, but for its file's form, safetensors; returns its tensors."""
+def written_by_open_clip(folder, spec=CLIP_FOLDER, model=None):
+    """Writes a CLIP of `spec`, random by default, as open_clip does, but as safetensors; returns its tensors."""
     folder.mkdir()
-    model = randomise(open_clip.CLIP(**to_open_clip(spec)["model_cfg"]))
+    model = model or randomise(open_clip.CLIP(**to_open_clip(spec)["model_cfg"]))
     save_file(model.state_dict(), folder / "open_clip_model.safetensors")
     open_clip.model.set_model_preprocess_cfg(model, to_open_clip(spec)["preprocess_cfg"])
     save_config_for_hf(model, folder / "open_clip_config.json", to_open_clip(spec)["model_cfg"])

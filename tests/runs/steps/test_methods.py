@@ -25,9 +25,9 @@ from diva_jax.weights import formats
 from diva_jax.world import models, records
 
 
-def made(c, arrays=small.random_arrays):
+def made(c):
     p = small.program(c)
-    return p.skeleton.merge(arrays(p)), p
+    return p.skeleton.merge(small.random_arrays(p)), p
 
 
 def uniform(count: int, size: int = 28):
@@ -36,7 +36,7 @@ def uniform(count: int, size: int = 28):
 
 def test_at_the_start_kuea_is_at_no_distance_from_the_original():
     p = small.program(small.kuea_config(kuea__kernel="cosine", kuea__kernel_params="faithful"))
-    arrays = small.kuea_arrays(p)
+    arrays = small.random_arrays(p)
     arrays |= {n: arrays[n.replace("original/", "vision/")] for n in arrays if n.startswith("original/")}
     losses = lambda trained: p.skeleton.merge({**arrays, **trained}).loss(small.batch(p, 0), None)  # noqa: E731
     trained = {n: arrays[n] for n in p.trained}
@@ -47,8 +47,7 @@ def test_at_the_start_kuea_is_at_no_distance_from_the_original():
 
 
 def test_the_teacher_has_its_own_input_or_the_backbones():
-    c = small.kuea_config()
-    module, p = made(c, small.kuea_arrays)
+    module, p = made(small.kuea_config())
     found, alone = p.objective.inputs, small.program(config.faithful(small.kuea_config())).objective.inputs
     assert {n: (x.size, x.resize) for n, x in found.items()} == {"image": (21, 0), "teacher": (18, 24)}
     assert {n: (x.size, x.resize) for n, x in alone.items()} == {"image": (21, 0)}

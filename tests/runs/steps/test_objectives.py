@@ -44,7 +44,6 @@ DEVICES = {
 DEVICES["diva"][0].update(trainable=(("(vision|visual_proj|unet/conv_out)/.*|text_context", 1.0), (".*", 0.0)))
 DEVICES["unclip"][0].update(unclip__embed_noise="random", unclip__embed_drop=0.3)
 DEVICES["genhancer"][0].update(optim__lr=1e-3, optim__warmup_steps=0)
-ARRAYS = {"dcr": small_adapters, "kuea": small.kuea_arrays}
 
 
 def config_of(name: str, fields):
@@ -58,7 +57,7 @@ def config_of(name: str, fields):
 @pytest.mark.parametrize("name", DEVICES)
 def test_a_step_changes_what_it_trains_alone_on_any_devices(name):
     """It is traced once, and the optimizer holds nothing else."""
-    (fields, more), arrays = DEVICES[name], ARRAYS.get(name, small.random_arrays)
+    (fields, more), arrays = DEVICES[name], small_adapters if name == "dcr" else small.random_arrays
     chex.clear_trace_counter()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(step, "train_step", chex.assert_max_traces(step.train_step, n=1))

@@ -5,17 +5,13 @@ import importlib
 import jax
 import numpy as np
 import small
-from e2e_config import get_config
+from e2e_config import rotations
 from helpers import refused
 
 from diva_jax import objectives
 from diva_jax.data import preprocess
 from diva_jax.training import checkpoint, workdirs
 from diva_jax.training.loop import Run
-
-
-def rotations(folder="none", **fields):
-    return small.with_fields(get_config(f"outside.rotations:{folder}"), fields)
 
 
 def test_defaults_have_neither():
