@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import random
 import re
 import threading
@@ -68,14 +67,11 @@ def bucket():
     server = emulator.create_server("127.0.0.1", 0, in_memory=True, default_bucket="bucket")
     server.start()
     address = f"http://127.0.0.1:{server._api._httpd.server_port}"
-    names = ("STORAGE_EMULATOR_HOST", "TENSORSTORE_GCS_HTTP_URL")
-    os.environ.update(dict.fromkeys(names, address))
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("STORAGE_EMULATOR_HOST", address)
+        patch.setenv("TENSORSTORE_GCS_HTTP_URL", address)
         yield epath.Path("gs://bucket")
-    finally:
-        for name in names:
-            del os.environ[name]
-        server.stop()
+    server.stop()
 
 
 def test_two_processes_with_data_and_workdir_in_a_bucket(files, bucket, tmp_path):

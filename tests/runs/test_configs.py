@@ -1,6 +1,5 @@
 """The files of configs/ have the published values, are valid, and build the models that they name."""
 
-import functools
 import json
 import math
 from pathlib import Path
@@ -12,7 +11,7 @@ from helpers import refused
 from places import ROOT
 
 from diva_jax import config, objectives
-from diva_jax.common import config_files
+from diva_jax.common import config_files, fields
 from diva_jax.data import inputs
 from diva_jax.models import backbones
 from diva_jax.objectives import diva
@@ -142,11 +141,7 @@ def test_published_recipe(name):
 
 @pytest.mark.parametrize("name, count", [("vitl14", 5), ("genhancer_vitl14", 4), ("dcr_vitl14", 6), ("kuea_vitl14", 4)])
 def test_the_faithful_variant_differs_in_its_switches_alone(name, count):
-    def flat(tree, path=""):
-        nested = [flat(v, f"{path}{k}.") if isinstance(v, dict) else {path + k: v} for k, v in tree.items()]
-        return functools.reduce(dict.__or__, nested, {})
-
-    exact, faithful = (flat(load(f"{name}.py{variant}").to_dict()) for variant in ("", ":faithful"))
+    exact, faithful = (fields.flatten(load(f"{name}.py{variant}")) for variant in ("", ":faithful"))
     differ = [(v, faithful[k]) for k, v in exact.items() if v != faithful[k]]
     assert differ == [("exact", "faithful")] * count and exact.keys() == faithful.keys()
     if name == "genhancer_vitl14":

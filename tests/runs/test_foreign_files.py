@@ -17,7 +17,7 @@ import report_samples as samples
 import trees
 from etils import epath
 from helpers import refused
-from mutations import changed, damaged, outcome
+from mutations import damaged_file, outcome
 from records import write_shards
 
 from diva_jax import report
@@ -143,19 +143,8 @@ def test_what_is_no_such_file(good, tmp_path, monkeypatch, name):
 @pytest.mark.parametrize("name", READERS)
 def test_changed_fields_and_bytes(good, tmp_path, monkeypatch, name, seed):
     rng = np.random.default_rng(seed)
+    write = lambda path, content: path.write_bytes(damaged_file(rng, name, content))  # noqa: E731
     for case in range(24 if name == "results.json" else 8):
-
-        def write(path, content, case=case):
-            if case % 3 == 0 or not name.lower().endswith(("json", "jsonl", "metadata")):
-                path.write_bytes(damaged(rng, content))
-            elif name.endswith("jsonl"):
-                lines = content.decode().splitlines()
-                i = int(rng.integers(len(lines)))
-                lines[i] = json.dumps(changed(rng, json.loads(lines[i]), 2)[0])
-                path.write_text("".join(f"{line}\n" for line in lines))
-            else:
-                path.write_text(json.dumps(changed(rng, json.loads(content), 2)[0]))
-
         attack(copied(good, tmp_path / str(case), monkeypatch), name, write)
 
 

@@ -87,16 +87,14 @@ class Command:
         return "".join(self.stdout), self.stderr.read()
 
     def _lines(self):
-        line = ""
-        while True:
+        line, ended = "", False
+        while not ended:
             ended = self.poll() is not None
             for part in self._files[0]:
                 line += part
                 if line.endswith("\n"):
                     yield line
                     line = ""
-            if ended:
-                break
             time.sleep(0.01)
         if line:
             yield line

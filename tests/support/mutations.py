@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import json
 import operator
 
 import numpy as np
@@ -69,3 +70,13 @@ def damaged(rng: np.random.Generator, data: bytes, most: int = 4) -> bytes:
         removed, new = [*changes, (n, b""), (len(data), b"")][rng.integers(7)]
         data[at : at + removed] = new
     return bytes(data)
+
+
+def damaged_file(rng: np.random.Generator, name: str, data: bytes) -> bytes:
+    """Content with bytes changed or, in two of three cases of JSON, fields, of one line of JSON lines."""
+    if rng.integers(3) == 0 or not name.lower().endswith(("json", "jsonl", "metadata")):
+        return damaged(rng, data)
+    lines = data.splitlines() if name.endswith("jsonl") else [data]
+    i = int(rng.integers(len(lines)))
+    lines[i] = json.dumps(changed(rng, json.loads(lines[i]), 2)[0]).encode()
+    return b"".join(line + b"\n" for line in lines)

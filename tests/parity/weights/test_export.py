@@ -1,7 +1,6 @@
 """Exports of runs, from a checkpoint to the original libraries, of each objective."""
 
 import dataclasses
-import functools
 import json
 import sys
 
@@ -13,7 +12,8 @@ import pytest
 import small
 from eval_data import patch
 from helpers import close, refused
-from specs import CLIP_FOLDER, DINOV2
+from ml_collections import ConfigDict
+from specs import CLIP_FOLDER
 from torch_models import equal, written_by_open_clip
 
 from diva_jax import config as configs, demo, weights
@@ -38,16 +38,8 @@ SAMPLE = ("diva", "genhancer", "dcr", "smartclip")
 
 
 def config_of(objective: str, source: str):
-    if objective == "genhancer":
-        c = small.genhancer_config(spec=SPEC)
-    elif objective in ("kuea", "smartclip", "comclip", "salm"):
-        c = configs.default(SPEC, objective=objective)
-    else:
-        c = configs.default(SPEC, small.unclip_diffusion() if objective == "unclip" else small.diffusion(), objective)
-    c.update(dtype="float32", frozen_dtype="float32", steps=STEP, batch_size=16, accum=1)
-    c.backbone.source = source
-    for teacher in (c.teacher, *([c.kuea.teacher] if objective == "kuea" else [])):
-        teacher.update(dataclasses.asdict(DINOV2))
+    make = getattr(small, f"{'small' if objective == 'diva' else objective}_config")
+    c = make(spec=SPEC, steps=STEP, batch_size=16, backbone__source=source)
     if objective == "smartclip":  # Its captions are longer than the source's.
         c.backbone.text.update(context_length=TOKENS, kept_positions=4)
     c.ema.decay = 0.9 if RUNS[objective] else 0.0
@@ -144,10 +136,7 @@ def test_the_config_of_another_run_or_a_source_that_changed_is_refused(run, sour
     before = path.read_text()
     others = {"objective": "judge", "seed": 9, "backbone.image_size": 70, "optim.lr": 0.5}
     for name, value in (others | {"steps": 10**6, "log.every": 7}).items():
-        config = json.loads(before)
-        *sections, field = name.split(".")
-        functools.reduce(dict.__getitem__, sections, config)[field] = value
-        path.write_text(json.dumps(config))
+        path.write_text(small.with_fields(ConfigDict(json.loads(before)), {name: value}).to_json())
         says = f"is not the config that the checkpoint of step 7 .* differ in {name} "
         refused(says, origins.open_run, run[0]) if name in others else origins.open_run(run[0])
     path.write_text(before)
