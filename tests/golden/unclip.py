@@ -22,7 +22,6 @@ from diva_jax.weights import names
 
 PREFIX = "unclip"
 HEADS = 4
-TARGETS = ("v", "eps")
 # Not results: what a file feeds.
 GIVEN = ("pixels", "clip_pixels", "text_context", "timesteps", "noise", "embed_noise", "levels", "keep", "posterior")
 GIVEN += ("stats_mean", "stats_std", "meta")
@@ -47,65 +46,49 @@ def objective(z, sd) -> unclip.Objective:
     return module
 
 
-def _options(given: unclip.UnclipOptions, key: str) -> unclip.UnclipOptions:
-    """The options of a case: `random_drop+stats` is random levels, labels dropped, with statistics."""
-    noise, _, stats = key.partition("+")
-    return dataclasses.replace(given, embed_noise=noise.removesuffix("_drop"), stats="on" if stats else "off")
-
-
 def compare(path, z, sd):
-    """One program for all cases."""
+    """A case is named after its options: `random_drop+stats` is random levels, labels dropped, with statistics."""
     module = objective(z, sd)
-    given = module.options
+    given, (skeleton, arrays) = module.options, partition.disassemble(module)
     cases = sorted({k.split("/")[0] for k in z.files if k.endswith("/class_labels")})
     whole = sorted({k.split("/grad/")[0] for k in z.files if "/grad/" in k})
+    pixels, clip_pixels = (jnp.asarray(z[k]) for k in ("pixels", "clip_pixels"))
     drawn = unclip.UnclipDraws(**{f: jnp.asarray(z[f]) for f in unclip.UnclipDraws._fields})
-    everything = drawn._replace(keep=jnp.ones_like(drawn.keep))
-    skeleton, arrays = partition.disassemble(module)
     trained = {k: v for k, v in arrays.items() if k.startswith("vision/")}
     abar = schedule.alphas_cumprod(module.diffusion.scheduler)
 
-    def run(arrays, trained):
-        def as_if(options=given, trained=trained):
-            made = skeleton.merge(arrays, trained)
-            made.options = options
-            return made
+    def as_if(trained=trained, **options):
+        made = skeleton.merge(arrays, trained)
+        made.options = dataclasses.replace(given, **options)
+        return made
 
-        def labels_of(embed):
-            made = [(as_if(_options(given, case)), drawn if "_drop" in case else everything) for case in cases]
-            return jnp.stack([m.class_labels(embed, d) for m, d in made])
+    @jax.jit
+    def denoised(labels):
+        """(prediction, by target the loss and its gradient with respect to the labels)."""
+        pred, pull = jax.vjp(lambda c: as_if().denoise(latents, drawn, c), labels)
+        losses = {t: lambda p, t=t: jnp.mean(as_if(target=t).errors(p, latents, drawn)) for t in ("v", "eps")}
+        found = {t: jax.value_and_grad(loss)(pred) for t, loss in losses.items()}
+        return pred, {t: (loss, *pull(g)) for t, (loss, g) in found.items()}
 
-        moments = as_if().vae.moments(2 * jnp.asarray(z["pixels"]) - 1)
-        mean, logvar = jnp.split(moments, 2, axis=-1)
-        latents = as_if().encode_latents(None, drawn, moments)
-        embed, to_trained = jax.vjp(lambda p: as_if(trained=p).embed(jnp.asarray(z["clip_pixels"])), trained)
-        labels, to_embed = jax.vjp(labels_of, embed)
-
-        def one(labels):
-            """(prediction, by target the loss and its gradient with respect to the labels)."""
-            pred, pull = jax.vjp(lambda c: as_if().denoise(latents, drawn, c), labels)
-            made = [as_if(dataclasses.replace(given, target=target)) for target in TARGETS]
-            found = [jax.value_and_grad(lambda p, m=m: jnp.mean(m.errors(p, latents, drawn)))(pred) for m in made]
-            (grads,) = jax.vmap(pull)(jnp.stack([g for _, g in found]))
-            return pred, {t: (loss, g) for t, (loss, _), g in zip(TARGETS, found, grads, strict=True)}
-
-        preds, found = jax.lax.map(one, labels)
-        out = dict(latent_mean=mean, latent_std=jnp.exp(0.5 * logvar), latents=latents, embed=embed)
-        out["z_t"] = schedule.add_noise(latents, drawn.noise, abar, drawn.timesteps)
-        out["target_v"] = schedule.target(latents, drawn.noise, abar, drawn.timesteps, "v_prediction")
-        for i, case in enumerate(cases):
-            out |= {f"{case}/class_labels": labels[i], f"{case}/pred": preds[i]}
-            for target, (loss, g) in found.items():
-                (of_embed,) = to_embed(jnp.zeros_like(labels).at[i].set(g[i]))
-                name = f"{case}/{target}"
-                out |= {f"{name}/loss": loss[i], f"{name}/grad_embed": of_embed}
-                if name in whole:
-                    out[f"{name}/grad"] = to_trained(of_embed)[0]
-        return out
-
-    out = jax.jit(run)(arrays, trained)
-    for name in whole:
-        tensors = gradients(skeleton, out.pop(f"{name}/grad"), "vision", names.table("vision", module.spec))
-        out |= {f"{name}/grad/{k}": v for k, v in tensors.items()}
+    moments = jax.jit(lambda x: as_if().vae.moments(2 * x - 1))(pixels)
+    mean, logvar = jnp.split(moments, 2, axis=-1)
+    latents = as_if().encode_latents(None, drawn, moments)
+    embed, to_trained = jax.vjp(jax.jit(lambda p: as_if(p).embed(clip_pixels)), trained)
+    out = dict(latent_mean=mean, latent_std=jnp.exp(0.5 * logvar), latents=latents, embed=embed)
+    out["z_t"] = schedule.add_noise(latents, drawn.noise, abar, drawn.timesteps)
+    out["target_v"] = schedule.target(latents, drawn.noise, abar, drawn.timesteps, "v_prediction")
+    for case in cases:
+        noise, _, stats = case.partition("+")
+        made = as_if(embed_noise=noise.removesuffix("_drop"), stats="on" if stats else "off")
+        draws = drawn if "_drop" in case else drawn._replace(keep=jnp.ones_like(drawn.keep))
+        labels, to_embed = jax.vjp(lambda e, made=made, draws=draws: made.class_labels(e, draws), embed)
+        out[f"{case}/class_labels"], (out[f"{case}/pred"], found) = labels, denoised(labels)
+        for target, (loss, g) in found.items():
+            name, (of_embed,) = f"{case}/{target}", to_embed(g)
+            out |= {f"{name}/loss": loss, f"{name}/grad_embed": of_embed}
+            if name in whole:
+                vision = names.table("vision", module.spec)
+                tensors = gradients(skeleton, to_trained(of_embed)[0], "vision", vision)
+                out |= {f"{name}/grad/{k}": v for k, v in tensors.items()}
     out |= dict(alphas_cumprod=abar, embed_alphas_cumprod=schedule.alphas_cumprod(unclip.LEVELS))
     return {k: z[k] for k in z.files if k not in GIVEN and not k.startswith("w/")}, out, {}
