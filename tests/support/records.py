@@ -10,9 +10,9 @@ from PIL import Image
 from diva_jax.data import inputs, pipeline
 
 
-def saved(image: Image.Image, form: str = "PNG") -> bytes:
+def saved(image: Image.Image, form: str = "PNG", **options) -> bytes:
     data = io.BytesIO()
-    image.save(data, form)
+    image.save(data, form, **options)
     return data.getvalue()
 
 
@@ -33,10 +33,13 @@ def noise(seed: int, width: int = 64, height: int = 48) -> bytes:
     return saved(Image.fromarray(rng.integers(0, 256, (6, 8, 3), np.uint8)).resize((width, height)), "JPEG")
 
 
-def write_tar(path, members: dict[str, bytes], **kw) -> None:
+def write_tar(path, members, **kw) -> None:
+    """Writes data by name, or pairs of both where a name is there twice; (type, target) in place of data is a link."""
     with tarfile.open(path, "w", **kw) as tar:
-        for name, data in members.items():
+        for name, data in members.items() if isinstance(members, dict) else members:
             info = tarfile.TarInfo(name)
+            if isinstance(data, tuple):
+                (info.type, info.linkname), data = data, b""
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
 
@@ -53,13 +56,14 @@ def write_tfds(folder, name: str, split: str, features, examples: list[dict]) ->
     builder(data_dir=folder, file_format="array_record").download_and_prepare()
 
 
-def write_shards(folder, count: int, per_shard: int, broken=()) -> None:
-    """Writes shards of tagged PNGs with captions; those in `broken` are not images."""
+def write_shards(folder, count: int, per_shard: int, broken=(), caption="a caption") -> None:
+    """Writes shards of tagged PNGs with captions, of which {} is the number; those in `broken` are not images."""
+    folder.mkdir(exist_ok=True)
     for shard in range(0, count, per_shard):
         members = {}
         for i in range(shard, min(shard + per_shard, count)):
             members[f"{i:09d}.png"] = b"no image" if i in broken else encoded(i)
-            members[f"{i:09d}.txt"] = b"a caption"
+            members[f"{i:09d}.txt"] = caption.format(i).encode()
         write_tar(folder / f"{shard // per_shard:05d}.tar", members)
 
 

@@ -4,15 +4,12 @@ import collections
 import concurrent.futures
 import errno
 import gzip
-import io
-import itertools
 import json
 import os
 import resource
 import tarfile
 import threading
 import time
-from types import SimpleNamespace
 from unittest import mock
 
 import eval_data
@@ -22,7 +19,7 @@ import trees
 from helpers import failed, refused
 from mutations import damaged, damaged_file, outcome
 from PIL import Image
-from records import batches, data_config, encoded, tags, write_shards, write_tar
+from records import batches, data_config, encoded, saved, tags, write_shards
 
 from diva_jax import demo
 from diva_jax.common.errors import RunError, UserError
@@ -81,8 +78,7 @@ def test_sparse_files_and_bombs_are_not_held_in_memory(tmp_path):
     os.truncate(tmp_path / "a.jpg", size)
     failed("not one of the 1 images", lambda: next(batches(tmp_path, batch=4)))
     (tmp_path / "a.jpg").unlink()
-    for i in range(8):
-        (tmp_path / f"{i}.png").write_bytes(bomb(2500))
+    trees.change(tmp_path, {f"{i}.png": bomb(2500) for i in range(8)})
     batch = next(batches(tmp_path, batch=8, threads=8, prefetch=1, decode_gib=0.1, stall_timeout=300.0))
     assert batch["image"].shape == (8, 12, 12, 3)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 600_000  # KiB
@@ -134,9 +130,7 @@ def test_where_memory_runs_out_no_image_is_broken(tmp_path, monkeypatch):
 
 def bomb(side: int) -> bytes:
     """A PNG of zeros, much smaller than what it decodes to."""
-    data = io.BytesIO()
-    Image.new("RGB", (side, side)).save(data, "PNG", compress_level=9)
-    return data.getvalue()
+    return saved(Image.new("RGB", (side, side)), compress_level=9)
 
 
 def test_images_decoded_at_once_stay_within_their_memory():
@@ -159,31 +153,24 @@ def test_images_decoded_at_once_stay_within_their_memory():
 def test_grey_images_of_sixteen_bits():
     """Converted by range, where Pillow cuts off at 255; those without a range are broken."""
     values = np.linspace(0, 65535, 64).reshape(8, 8).astype(np.uint16)
-    for form, array in itertools.product(("PNG", "TIFF"), (values, values.astype(np.int32), values.astype(np.float32))):
-        if form == "TIFF" or array is values:
-            Image.fromarray(array).save(data := io.BytesIO(), form)
-            if array is values:
-                found = np.array([images.decode(data.getvalue(), rgb).convert("RGB") for rgb in (True, False)])
-                assert np.abs(found - (values / 257)[..., None]).max() <= 0.51
-            else:
-                with pytest.raises(ValueError, match="no range"):
-                    images.decode(data.getvalue())
+    for form in ("PNG", "TIFF"):
+        data = saved(Image.fromarray(values), form)
+        found = np.array([images.decode(data, rgb).convert("RGB") for rgb in (True, False)])
+        assert np.abs(found - (values / 257)[..., None]).max() <= 0.51
+    for dtype in (np.int32, np.float32):
+        with pytest.raises(ValueError, match="no range"):
+            images.decode(saved(Image.fromarray(values.astype(dtype)), "TIFF"))
 
 
 def test_images_of_every_suffix_are_read_and_what_is_left_out_is_said(tmp_path, caplog):
     forms = {"bmp": "BMP", "gif": "GIF", "tif": "TIFF", "tiff": "TIFF", "jfif": "JPEG", "JPG": "JPEG", "webp": "WEBP"}
     members = {f"{i}.{suffix}": encoded(5, form=form) for i, (suffix, form) in enumerate(forms.items())}
-    (tmp_path / "folder").mkdir()
-    for name, data in members.items():
-        (tmp_path / "folder" / name).write_bytes(data)
-    write_tar(tmp_path / "a.tar", members)
+    trees.change(tmp_path, {"a.tar": members} | {f"folder/{name}": data for name, data in members.items()})
     for path in (tmp_path / "folder", tmp_path / "a.tar"):
         iterator = batches(path, batch=len(forms), max_broken_share=0.0)
         assert next(iterator)["row"].tolist() == list(range(len(forms))) and not iterator.decoder.count
-    (beside := tmp_path / "beside").mkdir()
-    write_shards(beside, 4, 4)
-    (beside / "x.jpg").write_bytes(encoded(1, form="JPEG"))
-    (beside / "y.tar.gz").write_bytes(b"")
+    write_shards(beside := tmp_path / "beside", 4, 4)
+    trees.change(beside, {"x.jpg": encoded(1, form="JPEG"), "y.tar.gz": ""})
     batches(beside, batch=4)
     assert "1 images beside the tars are not read" in caplog.text and "1 compressed shards" in caplog.text
 
@@ -195,10 +182,8 @@ def test_a_wait_for_data_ends(monkeypatch):
         released.wait(20)
         raise OSError("gone")
 
-    class Source(SimpleNamespace):
-        __len__ = lambda self: 5  # noqa: E731
-
-    source = Source(has_text=False, name=lambda i: f"shard.tar/{i}\x1b[31m.png", read=read)
+    source = mock.MagicMock(has_text=False, read=read)
+    source.name, source.__len__.return_value = (lambda i: f"shard.tar/{i}\x1b[31m.png"), 5
     monkeypatch.setattr(pipeline, "open_records", lambda *_, **__: source)
     settings = data_config("x", stall_timeout=1.0)
     iterator = pipeline.Batches(settings, {"image": inputs.Image(12)}, seed=0, global_batch=4)

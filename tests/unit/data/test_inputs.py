@@ -12,7 +12,7 @@ import pytest
 import trees
 from helpers import failed, refused
 from PIL import Image
-from records import batches, encoded, letters, tags, take, text_of, write_tar, write_tfds
+from records import batches, encoded, letters, tags, take, text_of, write_shards, write_tar, write_tfds
 
 from diva_jax.data import images, inputs, preprocess, sources
 from diva_jax.data.inputs import Classes, Edits, Listed
@@ -24,11 +24,7 @@ COUNT = 14
 @pytest.fixture(scope="module")
 def captioned(tmp_path_factory):
     folder = tmp_path_factory.mktemp("captioned")
-    for shard in range(2):
-        members = {}
-        for i in range(7 * shard, 7 * shard + 7):
-            members |= {f"{i}.png": encoded(i), f"{i}.txt": f"{i}. of {COUNT}. end".encode()}
-        write_tar(folder / f"{shard}.tar", members)
+    write_shards(folder, COUNT, 7, caption=f"{{}}. of {COUNT}. end")
     return folder
 
 
@@ -72,11 +68,8 @@ def test_crops_of_two_sizes_are_of_one_box(noisy):
 
 
 def test_no_caption_is_broken_only_where_text_is_needed(tmp_path, caplog):
-    members = {}
-    for i in range(COUNT):
-        members[f"{i}.png"] = encoded(i)
-        if i % 4:
-            members[f"{i}.txt"] = b"\xff\xfe" if i == 1 else b" \n" if i == 2 else b"words"
+    members = {f"{i}.png": encoded(i) for i in range(COUNT)}
+    members |= {f"{i}.txt": {1: b"\xff\xfe", 2: b" \n"}.get(i, b"words") for i in range(COUNT) if i % 4}
     write_tar(tmp_path / "a.tar", members)
     without = batches(tmp_path, {"image": inputs.Image(8)}, batch=COUNT, max_broken_share=0.6)
     assert sorted(tags(next(without)["image"])) == list(range(COUNT)) and not without.decoder.count
@@ -214,29 +207,22 @@ def test_what_is_no_list_of_texts_and_texts_that_are_one_to_a_tokenizer():
 
 def write(folder, kind):
     """The records in each form of data; TEXTS[3] is no JSON in the first two, and none of this form in the others."""
-    rows = [{"image": f"{i}.png", "caption": f"thing {i}", "texts": t} for i, t in enumerate(TEXTS)]
+    rows = [{"image": f"files/{i}.png", "caption": f"thing {i}", "texts": t} for i, t in enumerate(TEXTS)]
     metas = [b"{" if row["texts"] == "no JSON" else json.dumps(row).encode() for row in rows]
     members = {f"{i}.{e}": d for i in range(len(TEXTS)) for e, d in (("png", encoded(i)), ("json", metas[i]))}
-    files, images = {f"files/{name}": data for name, data in members.items()}, [row["image"] for row in rows]
-    if kind == "tar":
-        files = {"a.tar": members}
-    elif kind == "csv":
-        cells = [json.dumps(t) if isinstance(t, list | dict) else t for t in TEXTS]
-        files["files/a.csv"] = {"image": images, "texts": cells}
-    elif kind == "jsonl":
-        files["files/a.jsonl"] = b"\n\n".join(metas)
+    images, cells = [row["image"] for row in rows], [json.dumps(t) if isinstance(t, list | dict) else t for t in TEXTS]
     texts = [[str(x) for x in t] if isinstance(t, list) else t and [str(t)] for t in TEXTS]
     texts[7] = [""]
-    if kind == "parquet":
-        files["files/a.parquet"] = {"image": images, "mine": texts}
-    elif kind == "tfds":
+    if kind == "tfds":
         examples = [{"image": io.BytesIO(encoded(i)), "texts": t or []} for i, t in enumerate(texts)]
         kinds = lambda k: {"image": k.Image(shape=(None, None, 3)), "texts": k.Sequence(k.Text())}  # noqa: E731
         write_tfds(folder, "Texts", "train", kinds, examples)
         return f"tfds:texts/train?data_dir={folder}"
+    files = {"a.tar": members, "a.jsonl": b"\n\n".join(metas), "a.csv": {"image": images, "texts": cells}}
+    files |= {"a.parquet": {"image": images, "mine": texts}} | {f"files/{name}": d for name, d in members.items()}
     trees.change(folder, files)
-    path = folder / (list(files)[-1] if kind != "folder" else "files")
-    return f"mix:1={path}?texts=mine" if kind == "parquet" else path
+    paths = {"folder": folder / "files", "parquet": f"mix:1={folder}/a.parquet?texts=mine"}
+    return paths.get(kind, folder / f"a.{kind}")
 
 
 @pytest.mark.parametrize("kind", ["folder", "tar", "csv", "jsonl", "parquet", "tfds"])
@@ -260,11 +246,10 @@ def test_records_without_texts_are_skipped_and_wrong_ones_named(tmp_path, kind, 
 
 
 def test_data_and_files_that_cannot_give_texts_are_refused_at_once(tmp_path):
-    members = {f"{i}.{e}": d for i in range(9) for e, d in (("png", encoded(i)), ("txt", b"a dog"))}
-    write_tar(tmp_path / "a.tar", members)
+    write_shards(tmp_path, 9, 9, caption="a dog")
 
     def opened(choice):
-        return batches(tmp_path / "a.tar", {"texts": inputs.Texts(2, 9, lambda: letters(9), choice)})
+        return batches(tmp_path, {"texts": inputs.Texts(2, 9, lambda: letters(9), choice)})
 
     refused("not one of 9 records has a list `texts`", opened, Listed(2))
     refused("a word of the lexicon", opened, Edits(2))

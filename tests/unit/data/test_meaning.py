@@ -14,7 +14,7 @@ import pytest
 import trees
 from mutations import outcome
 from PIL import Image, PngImagePlugin
-from records import batches, encoded, tags
+from records import batches, encoded, saved, tags
 
 from diva_jax.data import files, images, labelled, tables
 from diva_jax.data.sources import open_source
@@ -110,9 +110,8 @@ def test_pngs_with_large_profiles_and_texts(zipped):
     info, profile = PngImagePlugin.PngInfo(), {} if len(zipped) == 1 else {"icc_profile": bytes(3_000_000)}
     for each in zipped:
         info.add_text("workflow", "x" * 80_000_000, zip=each)
-    data = io.BytesIO()
-    Image.open(io.BytesIO(encoded(300))).save(data, "PNG", pnginfo=info, **profile)
-    assert images.decode(data.getvalue()).tobytes() == images.decode(encoded(300)).tobytes()
+    data = saved(Image.open(io.BytesIO(encoded(300))), pnginfo=info, **profile)
+    assert images.decode(data).tobytes() == images.decode(encoded(300)).tobytes()
 
 
 def test_lines_of_json_end_at_newlines_alone(tmp_path):

@@ -147,7 +147,6 @@ SIZES = {"tars": 12, "table": 5, "folder": 3}
 @pytest.fixture
 def folder(tmp_path):
     """Twelve records in tars with the tags 0.., five in a CSV file with 100.., three images with 200.."""
-    (tmp_path / "tars").mkdir()
     write_shards(tmp_path / "tars", SIZES["tars"], 5)
     paths = [f"files/{i}.png" for i in range(SIZES["table"])]
     files = {path: encoded(100 + i) for i, path in enumerate(paths)}
@@ -210,6 +209,7 @@ MANIFEST = Manifest(facts=FACTS, records=COUNT, crops=CROPS, seed=4, per_shard=4
 
 
 def jpeg(i: int) -> bytes:
+    """As the fixture `noisy` has it."""
     return noise(i, 64 + i, 48 + 3 * i)
 
 
@@ -229,13 +229,6 @@ def latents(tmp_path):
     return tmp_path
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    path = tmp_path_factory.mktemp("photos") / "0.tar"
-    write_tar(path, {f"{i:02}.jpg": jpeg(i) for i in range(COUNT)})
-    return path
-
-
 def test_every_entry_is_read_as_it_was_written(latents):
     cache = Cache(str(latents), FACTS)
     wanted = [(i, epoch) for i in range(COUNT) for epoch in range(2 * CROPS)]
@@ -250,12 +243,12 @@ def test_every_entry_is_read_as_it_was_written(latents):
     failed(r"3\.jpg is another image there", cache.arrays, cache.read(3, 0), changed, "3.jpg")
 
 
-def test_the_slot_of_a_record_without_moments_is_filled_and_a_run_resumes(latents, data):
+def test_the_slot_of_a_record_without_moments_is_filled_and_a_run_resumes(latents, noisy):
     """tests/runs compares crops and moments with those of a run without a cache."""
     wanted = {"image": inputs.Image(12), "moments": inputs.Cached(SHAPE)}
 
     def opened():
-        return batches(data, wanted, seed=4, batch=5, max_broken_share=1.0, cache=Cache(str(latents), FACTS))
+        return batches(noisy, wanted, seed=4, batch=5, max_broken_share=1.0, cache=Cache(str(latents), FACTS))
 
     iterator, order = opened(), pipeline.shuffled(COUNT, 4)
     seen = take(iterator, 9)
@@ -285,7 +278,7 @@ def test_a_damaged_entry_is_an_error(latents):
     assert not latent_cache.is_complete(latents / MANIFEST.file(2), 4 * CROPS)
 
 
-def test_what_is_refused_when_a_cache_is_opened(latents, data, tmp_path):
+def test_what_is_refused_when_a_cache_is_opened(latents, noisy, tmp_path):
     def opened(where=latents, check="", **facts):
         cache = Cache(str(where), FACTS | facts)
         if check:
@@ -293,11 +286,9 @@ def test_what_is_refused_when_a_cache_is_opened(latents, data, tmp_path):
 
     refused(r"weights \('ab12' there, 'cd' here\)", opened, weights="cd")
     refused(r"crop\.scale", opened, crop={"scale": (0.8, 1.0)})
-    refused("holds no cache", opened, data.parent)
+    refused("holds no cache", opened, noisy)
     refused("a folder on this machine", opened, "gs://bucket/latents")
-    (tmp_path / "other").mkdir()
-    other = tmp_path / "other/0.tar"
-    write_tar(other, {f"{i:02}.jpg": jpeg(COUNT - i) for i in range(COUNT)})
+    write_tar(other := tmp_path / "other.tar", {f"{i:02}.jpg": jpeg(COUNT - i) for i in range(COUNT)})
     refused("another image there", opened, check=other)
     write_tar(other, {"a.jpg": jpeg(0)})
     refused("made of 11 images, and config.data.path has 1", opened, check=other)

@@ -9,6 +9,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pyarrow as pa
@@ -29,9 +30,8 @@ def names(source):
 
 
 def test_tars_by_file_folder_glob_and_braces(tmp_path, monkeypatch):
-    (shards := tmp_path / "shards").mkdir()
-    for i in range(12):
-        write_tar(shards / f"{i:05d}.tar", {f"{i}.jpg": noise(i), f"{i}.txt": b"caption"})
+    tars = {f"{i:05d}.tar": {f"{i}.jpg": noise(i), f"{i}.txt": "caption"} for i in range(12)}
+    trees.change(shards := tmp_path / "shards", tars)
     expected = [f"{i:05d}.tar/{i}.jpg" for i in range(12)]
     monkeypatch.setenv("HOME", str(tmp_path))
     for path in (shards, "~/shards", f"{shards}/*.tar", f"{shards}/{{00000..00011}}.tar"):
@@ -46,9 +46,8 @@ def test_image_folder_is_recursive_and_sorted(tmp_path):
     """Links to folders are followed, each folder once; the name of a folder may look like a pattern."""
     root = tmp_path / "cc3m[train]{v2}"
     own = ("0.jpeg", "a/c/3.webp", "b/1.JPG", "b/2.png")
-    for name in (*own[::-1], "../linked/4.gif", "a/._x.jpg", "b/notes.txt", "b/1.json"):
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_bytes(name.encode() if name[-1] not in "tn" else b"{}")
+    others = dict.fromkeys(("b/notes.txt", "b/1.json"), b"{}")
+    trees.change(root, {n: n.encode() for n in (*own[::-1], "../linked/4.gif", "a/._x.jpg")} | others)
     os.symlink(root, root / "a" / "loop")
     os.symlink(tmp_path / "linked", root / "link")
     source = open_source(str(root))
@@ -79,15 +78,13 @@ def test_a_store_that_refuses(monkeypatch):
     class ConnectError(Exception):
         pass
 
-    def offline(*_):
-        raise ConnectError("name or service not known")
-
+    offline = mock.Mock(side_effect=ConnectError("name or service not known"))
     monkeypatch.setattr(files, "is_folder", offline)
     says = "cannot be read .ConnectError: name or service not known.: check it, the netw"
     refused(says, open_source, "memory://bucket/a.tar")
     with pytest.raises(ConnectError):  # An error of this project, which is not to be hidden.
         open_source("a/b")
-    monkeypatch.setattr(files, "is_folder", lambda _: (_ for _ in ()).throw(PermissionError("403 Forbidden")))
+    offline.side_effect = PermissionError("403 Forbidden")
     refused("config.data.path='a.tar' cannot be read .*403 Forbidden.: check it, the network", open_source, "a.tar")
 
 
@@ -132,11 +129,7 @@ HF_IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
 @pytest.fixture
 def folder(tmp_path):
-    """23 images, every third one in a separate folder."""
-    for i in range(COUNT):
-        path = tmp_path / where(i)
-        path.parent.mkdir(exist_ok=True)
-        path.write_bytes(encoded(i))
+    trees.change(tmp_path, dict(zip(PATHS, IMAGES, strict=True)))
     return tmp_path
 
 

@@ -13,7 +13,6 @@ import trees
 from helpers import refused
 from records import encoded, noise, write_tar
 
-from diva_jax import demo
 from diva_jax.data import tars
 from diva_jax.data.sources import open_source
 from diva_jax.data.tars import TarSource
@@ -30,12 +29,8 @@ def test_reads_what_tarfile_reads(tmp_path):
     first = {**members(), "x.PNG": encoded(1), "y.jpeg": noise(2), "z.webp": b"w", "._y.jpeg": b"macOS", "a.cls": b"1"}
     paths = [str(tmp_path / f"{i}.tar") for i in range(4)]
     write_tar(paths[0], first)
-    with tarfile.open(paths[1], "w") as tar:
-        for kind in (tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE):
-            info = tarfile.TarInfo(f"{kind.decode()}.jpg")
-            info.type, info.linkname = kind, "elsewhere.jpg"
-            tar.addfile(info)
-        demo.add_member(tar, "c.jpg", noise(3))
+    kinds = (tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE)
+    write_tar(paths[1], {f"{kind.decode()}.jpg": (kind, "elsewhere.jpg") for kind in kinds} | {"c.jpg": noise(3)})
     for path, form in zip(paths[2:], (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT), strict=True):
         write_tar(path, {LONG: noise(0), "b.jpg": noise(1)}, format=form)
     source = TarSource(paths)
@@ -60,12 +55,8 @@ SAMPLES = json.loads(Path(__file__).with_name("samples.json").read_text())
 def test_samples_and_their_captions(tmp_path, form, caplog):
     """Grouped alike in tars and folders, in any order of the members."""
     files, found, root = SAMPLES["files"], {}, tmp_path / ("data" if form == "folder" else "a.tar")
-    if form == "folder":
-        trees.change(root, files)
-    else:
-        trees.change(
-            tmp_path, {"a.tar": {name: files[name] for name in np.random.default_rng(1).permutation([*files])}}
-        )
+    shuffled = {name: files[name] for name in np.random.default_rng(1).permutation([*files])}
+    trees.change(tmp_path, {"a.tar": shuffled} | {f"data/{name}": data for name, data in files.items()})
     cache = str(tmp_path / "cache") if form == "cached tar" else None
     for _ in range(2 if cache else 1):
         caplog.clear()
@@ -84,7 +75,6 @@ def test_samples_and_their_captions(tmp_path, form, caplog):
 
 
 def test_damaged_shards_keep_the_images_before_the_damage_and_are_told(tmp_path, caplog):
-    """Wherever a file is truncated, exactly the images before are read."""
     path, cut, garbage = (str(tmp_path / f"{i}.tar") for i in range(3))
     write_tar(path, {"0.jpg": b"x" * 700, "1.jpg": b"y" * 512, "2.jpg": b"z"})
     with tarfile.open(path) as tar:
@@ -112,19 +102,15 @@ def test_damaged_shards_keep_the_images_before_the_damage_and_are_told(tmp_path,
 
 def test_links_are_the_members_that_they_name(tmp_path, caplog):
     links = {"1.jpg": (tarfile.LNKTYPE, "./in/0.jpg"), "in/2.jpg": (tarfile.SYMTYPE, "../in/0.jpg")}
-    with tarfile.open(tmp_path / "a.tar", "w") as tar:
-        demo.add_member(tar, "./in/0.jpg", noise(0))
-        for name, (kind, target) in (links | {"3.jpg": (tarfile.SYMTYPE, "/etc/passwd")}).items():
-            info = tarfile.TarInfo(name)
-            info.type, info.linkname = kind, target
-            tar.addfile(info)
+    links["3.jpg"] = (tarfile.SYMTYPE, "/etc/passwd")
+    write_tar(tmp_path / "a.tar", {"./in/0.jpg": noise(0)} | links)
     source = TarSource([str(tmp_path / "a.tar")])
     assert [source.read(i)[1] for i in range(len(source))] == [noise(0)] * 3 and source.name(2) == "a.tar/in/2.jpg"
     assert "has 1 links to what is not in it (3.jpg): 3 images kept, the rest skipped" in caplog.text
 
 
 def test_joined_archives_and_empty_shards_are_told(tmp_path, caplog):
-    for name, found in (("0", members(3)), ("1", members(2)), ("2", {})):
+    for name, found in enumerate((members(3), members(2), {})):
         write_tar(tmp_path / f"{name}.tar", found)
     (tmp_path / "0.tar").write_bytes(b"".join((tmp_path / f"{i}.tar").read_bytes() for i in (0, 1)))
     assert len(TarSource([str(tmp_path / f"{i}.tar") for i in range(3)])) == 5
@@ -142,9 +128,7 @@ def test_shards_without_an_image_or_with_a_name_twice_are_refused(tmp_path):
     refused(f"not one image in 3 tar files .*{packed}.*{empty}", TarSource, [str(tmp_path / f"{n}.tar") for n in "abc"])
     refused("d.tar of config.data.path cannot be read", TarSource, [str(tmp_path / "d.tar")])
     for twice in ("0.jpg", "0.txt", "0.JPG", "0.Txt"):
-        with tarfile.open(tmp_path / "twice.tar", "w") as tar:
-            for name in ("0.jpg", "0.txt", "1.jpg", twice):
-                demo.add_member(tar, name, b"a")
+        write_tar(tmp_path / "twice.tar", [(name, b"a") for name in ("0.jpg", "0.txt", "1.jpg", twice)])
         refused(r"twice.tar has 0.\w+ twice, which would merge two samples", TarSource, [str(tmp_path / "twice.tar")])
 
 

@@ -10,7 +10,7 @@ import pytest
 import trees
 from eval_data import FakeModel, encoded, evaluated, patch, prepared, unit, write_class_folders
 from helpers import refused
-from records import write_tar, write_tfds
+from records import write_tfds
 
 from diva_jax.evals.tasks import probe
 
@@ -27,17 +27,18 @@ def folders(tmp_path):
     return root
 
 
-def write_tars(root, labels=LABELS):
-    (root / "test").mkdir(parents=True)
-    # 10 comes after 1, not before.
-    for shard, rows in {0: range(5), 1: range(5, 9), 10: range(9, len(labels))}.items():
-        members = {}
-        for i in rows:
-            members |= {f"x/{i}.cls": str(labels[i]).encode(), f"x/{i}.seg.png": b"other"}
-            members[f"x/{i}.webp"] = encoded(patch(i), "WEBP")
-        write_tar(root / "test" / f"{shard}.tar", members)
-    (root / "classnames.txt").write_text("\n".join(NAMES) + "\n")
-    (root / "zeroshot_classification_templates.txt").write_text("a {c}\nthe {c}.\n")
+def members(labels, rows, suffix="png"):
+    """A class and an image of each row, with another image of its sample."""
+    kinds = {"cls": lambda i: str(labels[i]), "seg.png": lambda i: "other"}
+    kinds[suffix] = lambda i: encoded(patch(i), suffix.upper())
+    return {f"x/{i}.{ext}": data(i) for i in rows for ext, data in kinds.items()}
+
+
+def write_tars(root, labels=LABELS, names=NAMES):
+    shards = {0: range(5), 1: range(5, 9), 10: range(9, len(labels))}  # 10 comes after 1, not before.
+    files = {f"test/{shard}.tar": members(labels, rows, "webp") for shard, rows in shards.items()}
+    files |= {"classnames.txt": "\n".join([*names, ""]), "zeroshot_classification_templates.txt": "a {c}\nthe {c}.\n"}
+    trees.change(root, files)
     return root
 
 
@@ -57,13 +58,10 @@ def test_scores_are_those_of_the_rows(folders):
     assert test["won"] == (now & ~right).sum() and test["lost"] == (right & ~now).sum()
     assert compared["scores"]["mean_per_class_recall"]["mcnemar"] is None
 
-    class Broken(FakeModel):
-        def draw(self, *shape):
-            out = super().draw(*shape)
-            out[:2] = np.nan if shape else out[:2]
-            return out
-
-    found = task.evaluate(Broken())
+    broken, drawn = FakeModel(), FakeModel().draw(13)
+    drawn[:2] = np.nan
+    broken.images = lambda *_, **__: dict.fromkeys(("pooled", "published"), drawn)
+    found = task.evaluate(broken)
     assert not found.held[""][:2].any() and found.held[""][2:].any()  # Scores that are not finite are wrong.
 
 
@@ -73,8 +71,7 @@ def test_tars_in_clip_benchmarks_layout(tmp_path):
         task = prepare(path)
         assert list(task.images.targets) == LABELS and task.texts[:3] == ["a cat", "the cat.", "a small dog"]
         assert task.images.read(12).size == patch(12).size and task.images.names[9] == "10.tar[9]"
-    root = write_tars(tmp_path / "few", labels=[i % 4 for i in LABELS])
-    (root / "classnames.txt").write_text("a\nb\nc\nd\n")
+    root = write_tars(tmp_path / "few", [i % 4 for i in LABELS], "abcd")
     assert set(prepare(root).metrics) == {"acc1", "mean_per_class_recall"}
 
 
@@ -134,20 +131,14 @@ TRAIN, TEST = [0, 0, 1, 1, 1, 2, 2, 0, 1], [0, 1, 1, 2, 2]
 probe_task = partial(prepared, "probe", neighbours=3, iterations=30)
 
 
-def probe_tars(root, labels):
-    files = [{f"{i}.cls": str(label), f"{i}.png": encoded(patch(i))} for i, label in enumerate(labels)]
-    trees.change(root, {"0.tar": {name: data for sample in files for name, data in sample.items()}})
-
-
-def probe_folders(root, labels):
-    write_class_folders(root, labels, ["a", "b", "c"])
-
-
 @pytest.mark.parametrize("form", ["val", "two", "tars"])
 def test_scores_of_both_probes(tmp_path, form):
     """Neighbours by hand; tests/parity compares the linear fit and its search with those of other libraries."""
-    name, write = "val" if form == "val" else "test", probe_tars if form == "tars" else probe_folders
-    write(tmp_path / "train", TRAIN), write(tmp_path / name, TEST)
+    for folder, labels in (("train", TRAIN), ("val" if form == "val" else "test", TEST)):
+        if form == "tars":
+            trees.change(tmp_path, {f"{folder}/0.tar": members(labels, range(len(labels)))})
+        else:
+            write_class_folders(tmp_path / folder, labels, ["a", "b", "c"])
     task = probe_task(f"train={tmp_path}/train,test={tmp_path}/test" if form == "two" else tmp_path)
     labels = task.classified["knn_"].labels
     assert list(labels) == TEST and (list(task.train_labels) == sorted(TRAIN) or form == "tars")

@@ -1,12 +1,11 @@
 """Drift, retrieval and the shifts of ImageNet: scores by hand, ties, layouts of data, bad data."""
 
-import json
 from functools import partial
 
 import numpy as np
 import pytest
+import trees
 from eval_data import FakeModel, encoded, evaluated, patch, prepared, unit, write_image
-from records import write_tar
 
 from diva_jax.evals.tasks import drift, retrieval, robustness, zeroshot
 
@@ -66,11 +65,9 @@ retrieval_task = partial(prepared, "retrieval")
 
 def test_captions_of_an_image_belong_together(tmp_path):
     """Recalls are compared with clip_benchmark's in tests/parity."""
-    rows = ["image,caption,note"]
-    for i, captions in enumerate(CAPTIONS):
-        write_image(tmp_path / f"{i}.png", i)
-        rows += [f'{i}.png,"{caption}",x' for caption in captions]
-    (tmp_path / "captions.csv").write_text("\n".join(rows))
+    rows = [(f"{i}.png", caption, "x") for i, captions in enumerate(CAPTIONS) for caption in captions]
+    table = dict(zip(("image", "caption", "note"), zip(*rows, strict=True), strict=True))
+    trees.change(tmp_path, {f"{i}.png": encoded(patch(i)) for i in range(CAPTIONED)} | {"captions.csv": table})
     task = retrieval_task(tmp_path / "captions.csv")
     assert task.count == CAPTIONED and task.texts == [c for captions in CAPTIONS for c in captions]
     model, found, compared = evaluated(task)
@@ -98,12 +95,9 @@ def test_ranks_among_equals_and_of_what_is_not_finite():
 
 
 def test_tars_with_several_captions(tmp_path):
-    (tmp_path / "test").mkdir()
-    members = {}
-    for i, captions in enumerate(CAPTIONS):
-        members |= {f"s{i}.jpg": encoded(patch(i), "JPEG"), f"s{i}.txt": "\n".join(captions).encode()}
-    write_tar(tmp_path / "test" / "0.tar", members)
-    (tmp_path / "dataset_type.txt").write_text("retrieval\n")
+    members = {f"s{i}.jpg": encoded(patch(i), "JPEG") for i in range(CAPTIONED)}
+    members |= {f"s{i}.txt": "\n".join(captions) for i, captions in enumerate(CAPTIONS)}
+    trees.change(tmp_path, {"test/0.tar": members, "dataset_type.txt": "retrieval\n"})
     task = retrieval_task(tmp_path)
     assert task.images.targets == CAPTIONS and list(task.owner[:4]) == [0, 1, 1, 2]
 
@@ -140,10 +134,9 @@ def test_classes_are_those_of_numbers_wnids_and_objectnets_overlap(tmp_path):
 def write_objectnet(root):
     titles = {"air_freshener": "Air freshener", "alarm_clock": "Alarm clock", "backpack": "Backpack"}
     write(root / "images", titles)
-    (root / "mappings").mkdir()
-    (root / "mappings" / "folder_to_objectnet_label.json").write_text(json.dumps(titles))
     overlap = {"Backpack": "backpack, back pack", "Alarm clock": "analog clock; digital clock"}
-    (root / "mappings" / "objectnet_to_imagenet_1k.json").write_text(json.dumps(overlap))
+    mappings = {"folder_to_objectnet_label": titles, "objectnet_to_imagenet_1k": overlap}
+    trees.change(root, {f"mappings/{name}.json": content for name, content in mappings.items()})
     return root
 
 

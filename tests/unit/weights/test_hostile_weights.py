@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+import trees
 from flax import nnx
 from helpers import refused
 from mutations import changed, damaged, outcome
@@ -20,10 +21,8 @@ from specs import DINOV2, DINOV2_REG, METACLIP2, QUICK, SIGLIP
 
 from diva_jax.common.errors import UserError
 from diva_jax.models import backbones
-from diva_jax.models.backbones import TABLE
 from diva_jax.models.backbones.shared.open_clip_config import from_open_clip, to_open_clip
 from diva_jax.models.diffusion import presets, schedule
-from diva_jax.models.diffusion.schedule import ScheduleConfig
 from diva_jax.models.diffusion.text_encoder import TextEncoderConfig
 from diva_jax.models.diffusion.unet import UNetConfig
 from diva_jax.models.diffusion.vae import FluxVAEConfig, VAEConfig
@@ -75,11 +74,9 @@ INDEXES = json.loads(Path(__file__).with_name("indexes.json").read_text())
 
 @pytest.mark.parametrize("index", INDEXES)
 def test_an_index_names_files_of_its_own_folder_alone(tmp_path, index):
-    folder = tmp_path / "model"
-    folder.mkdir()
-    (tmp_path / "secret").write_bytes(b"what nobody may read")
-    (folder / "m.safetensors.index.json").write_text(json.dumps(index))
-    assert "nobody" not in refused(".", formats.weights_in, folder, "m")
+    content = {"secret": "what nobody may read", "model/m.safetensors.index.json": json.dumps(index)}
+    trees.change(tmp_path, content)
+    assert "nobody" not in refused(".", formats.weights_in, tmp_path / "model", "m")
 
 
 def linear() -> nnx.Module:
@@ -122,7 +119,7 @@ def possible(spec) -> None:
     assert backbones.check(spec, "") is spec
     for tower in (spec, spec.text):
         for field, value in vars(tower).items():
-            default = getattr(TABLE["vitl14"] if tower is spec else TABLE["vitl14"].text, field)
+            default = getattr(backbones.TABLE["vitl14"] if tower is spec else backbones.TABLE["vitl14"].text, field)
             assert isinstance(value, int | float if isinstance(default, float) else type(default)), (field, value)
     assert np.isfinite([*spec.mean, *spec.std, spec.norm_eps]).all() and min(spec.std) > 0
     assert spec.width % spec.heads == 0 and max(spec.width, spec.mlp_dim, spec.text.vocab_size) <= 2**24
@@ -151,11 +148,11 @@ PARSERS = {
     "vae": (VAEConfig.from_dict, SD["vae"], buildable),
     "flux_vae": (FluxVAEConfig.from_dict, SD["vae"] | {"shift_factor": 0.1159}, buildable),
     "text_encoder": (TextEncoderConfig.from_dict, SD["text_encoder"], buildable),
-    "schedule": (lambda c: schedule.alphas_cumprod(ScheduleConfig.from_dict(c)), SD["scheduler"], falling),
+    "schedule": (lambda c: schedule.alphas_cumprod(schedule.ScheduleConfig.from_dict(c)), SD["scheduler"], falling),
 }
 for number, each in enumerate((QUICK, SIGLIP, METACLIP2, DINOV2, DINOV2_REG)):
     PARSERS[f"transformers {number}"] = of_transformers, names.transformers_configs(each)[0], possible
-for number, each in enumerate((QUICK, TABLE["siglip_so400m"], METACLIP2)):
+for number, each in enumerate((QUICK, backbones.TABLE["siglip_so400m"], METACLIP2)):
     PARSERS[f"open_clip {number}"] = (lambda c: backbones.check(from_open_clip(c), "a")), to_open_clip(each), possible
 
 
@@ -179,11 +176,11 @@ def test_a_generator_of_another_schedule(tmp_path, seed):
     """The source's own file is compared with the config, so that a generator never gets another one's noise."""
     path, rng = tmp_path / "scheduler" / "scheduler_config.json", np.random.default_rng(seed)
     path.parent.mkdir()
-    config = ScheduleConfig.from_dict(SD["scheduler"])
+    config = schedule.ScheduleConfig.from_dict(SD["scheduler"])
     for _ in range(CASES):
         tree, _ = changed(rng, SD["scheduler"], int(rng.integers(1, 4)))
         path.write_text(json.dumps(tree))
         if outcome(lambda: (parts.check_schedule(tmp_path, config),)):
-            assert ScheduleConfig.from_dict(tree) == config
+            assert schedule.ScheduleConfig.from_dict(tree) == config
     path.unlink()
     parts.check_schedule(tmp_path, config)

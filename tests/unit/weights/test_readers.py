@@ -160,9 +160,8 @@ def test_a_custom_config_takes_the_diffusion_model_from_its_folder(tmp_path):
     sd = small.diffusion()
     for part, options in sd.items():
         name = "scheduler_config.json" if part == "scheduler" else "config.json"
-        trees.change(
-            tmp_path, {f"{part}/{name}": json.dumps(options | {"_diffusers_version": "0.35", "revision": None})}
-        )
+        written = json.dumps(options | {"_diffusers_version": "0.35", "revision": None})
+        trees.change(tmp_path, {f"{part}/{name}": written})
     get_config = runpy.run_path(str(ROOT / "configs/custom.py"))["get_config"]
     config = get_config(f"ViT-B-32,{tmp_path}")
     configs.validate(config, 1)
