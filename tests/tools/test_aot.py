@@ -5,6 +5,7 @@ import json
 import os
 import re
 from types import SimpleNamespace
+from unittest import mock
 
 import commands
 import jax
@@ -21,7 +22,6 @@ from diva_jax.common import config_files
 from diva_jax.costs import hlo
 from diva_jax.models import attention, backbones
 from diva_jax.models.diffusion import blocks
-from diva_jax.models.diffusion.blocks import FeedForward
 from diva_jax.models.layers import Keys, Layers
 from diva_jax.training import compiler, partition
 
@@ -103,10 +103,7 @@ def test_rates_of_a_chip_with_two_devices(toy):
 
 
 def failing(said):
-    def fail(*_):
-        raise jax.errors.JaxRuntimeError(said)
-
-    return fail
+    return mock.Mock(side_effect=jax.errors.JaxRuntimeError(said))
 
 
 def test_programs_that_do_not_fit_or_cannot_be_compiled(toy, monkeypatch):
@@ -207,22 +204,18 @@ def test_meshes_of_slices_and_libtpu_that_is_missing_or_locked(monkeypatch):
 SLOW = pytest.mark.slow  # Each case compiles a program of its own for a TPU.
 
 
-def compiled(topology, fn, batched, state=None):
+def compiled(topology, fn, batched, *state):
     """(FLOPs of the TPU kernels of a program compiled for a slice, those of other products, number of kernels)."""
     mesh = partition.make_mesh(config.default().mesh, aot.devices(topology)[2])
 
-    def array(a, spec):
-        return jax.ShapeDtypeStruct(a.shape, jnp.bfloat16, sharding=NamedSharding(mesh, spec))
+    def array(shape, *axes):
+        return jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(mesh, P(axes)))
 
-    args = [array(jax.ShapeDtypeStruct(shape, jnp.bfloat16), P(("data", "fsdp"))) for shape in batched]
-    args += [jax.tree.map(lambda a: array(a, P()), state)] if state is not None else []
-
-    def run(*args):
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            return fn(*args)
-
-    with jax.default_matmul_precision("default"):  # The tests' default "highest" does not support bfloat16.
-        module = hlo.parse(jax.jit(run).lower(*args).compile().as_text())
+    args = [array(shape, "data", "fsdp") for shape in batched]
+    args += jax.tree.map(lambda a: array(a.shape), state)
+    # The tests' default precision, "highest", does not support bfloat16.
+    with jax.default_matmul_precision("default"), jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        module = hlo.parse(jax.jit(fn).lower(*args).compile().as_text())
     found = {True: [], False: []}
     for op, c, _ in module.executed():
         found[op.target == "tpu_custom_call"].append(module.flops(op, c))
@@ -261,7 +254,7 @@ def test_feed_forward_kernels_compile_for_the_tpu(monkeypatch, topology, tokens,
 
     def modules():
         layers = Layers(Keys(), jnp.bfloat16, jnp.bfloat16)
-        return layers.layer_norm(channels, 1e-5), FeedForward(channels, layers)
+        return layers.layer_norm(channels, 1e-5), blocks.FeedForward(channels, layers)
 
     graph, state = nnx.split(nnx.eval_shape(modules))
     loss = jax.grad(lambda x, state: squared(blocks.feed_forward(x, *nnx.merge(graph, state))))

@@ -19,7 +19,6 @@ from PIL import Image
 
 from diva_jax import report
 from diva_jax.report import charts, figures, images, inputs, page
-from diva_jax.report.figures import COLOURS
 
 
 class Page:
@@ -162,9 +161,9 @@ def test_colours_have_enough_contrast():
         parts = np.array([int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)])
         return np.where(parts <= 0.04045, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4) @ (0.2126, 0.7152, 0.0722)
 
-    for role in set(COLOURS) - {"page", "panel", "grid", "axis"}:
+    for role in set(figures.COLOURS) - {"page", "panel", "grid", "axis"}:
         for under, scheme in itertools.product(("page", "panel"), (0, 1)):
-            a, b = sorted(luminance(COLOURS[r][scheme]) for r in (role, under))
+            a, b = sorted(luminance(figures.COLOURS[r][scheme]) for r in (role, under))
             bound = 4.5 if role in ("ink", "muted", "won", "lost") else 3.0
             assert (b + 0.05) / (a + 0.05) >= bound, (role, under, scheme)
 
@@ -258,19 +257,17 @@ def test_in_a_browser(tmp_path):
     images = {"evaluation": 28 + 8, "run": 0, "steps": 4}  # Of flipped pairs, and of two strips of four.
     driver = browser()
     try:
-        for name, page in pages.items():
-            for width in (390, 1280):
-                for scheme in ("light", "dark"):
-                    console, sent = visit(driver, page, width, scheme)
-                    assert not console, console
-                    assert page.as_uri() in sent  # Requests are recorded; else the next line would pass without them.
-                    assert not [url for url in sent if url != page.as_uri() and not url.startswith("data:")]
-                    found = driver.execute_script(LOOK)
-                    where = (name, width, scheme, found)
-                    assert found["scroll"] <= found["window"] <= width and found["charts"] > 1, where
-                    assert not any(found[fault] for fault in ("outside", "clipped", "broken", "small")), where
-                    assert found["images"] == found["loaded"] == images[name], where
-                    page_colour = bytes.fromhex(COLOURS["page"][scheme == "dark"][1:])
-                    assert found["background"] == f"rgb({', '.join(map(str, page_colour))})", where
+        for (name, page), width, scheme in itertools.product(pages.items(), (390, 1280), ("light", "dark")):
+            console, sent = visit(driver, page, width, scheme)
+            assert not console, console
+            assert page.as_uri() in sent  # Requests are recorded; else the next line would pass without them.
+            assert not [url for url in sent if url != page.as_uri() and not url.startswith("data:")]
+            found = driver.execute_script(LOOK)
+            where = (name, width, scheme, found)
+            assert found["scroll"] <= found["window"] <= width and found["charts"] > 1, where
+            assert not any(found[fault] for fault in ("outside", "clipped", "broken", "small")), where
+            assert found["images"] == found["loaded"] == images[name], where
+            page_colour = bytes.fromhex(figures.COLOURS["page"][scheme == "dark"][1:])
+            assert found["background"] == f"rgb({', '.join(map(str, page_colour))})", where
     finally:
         driver.quit()

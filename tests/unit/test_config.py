@@ -6,6 +6,7 @@ import importlib.util
 import json
 import math
 import re
+import runpy
 
 import numpy as np
 import pytest
@@ -24,7 +25,6 @@ WILD = (-1, -(10**12), 10**15, 0.5, -0.5, math.nan, math.inf, "abc", "", "(", No
 
 @pytest.mark.parametrize("objective", objectives.names())
 def test_every_field_is_documented_and_has_impossible_values(objective):
-    """Some wild values of each field are refused by its name."""
     c = config.default(objective=objective)
     config.validate(c, 1)
     declared = config.declared(objective)
@@ -45,10 +45,7 @@ def test_every_field_is_documented_and_has_impossible_values(objective):
 
 
 def test_the_page_is_current():
-    spec = importlib.util.spec_from_file_location("config_page", ROOT / "bench/config_page.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    current = (ROOT / "docs/CONFIG.md").read_text() == module.page()
+    current = (ROOT / "docs/CONFIG.md").read_text() == runpy.run_path(str(ROOT / "bench/config_page.py"))["page"]()
     assert current, "docs/CONFIG.md: run python bench/config_page.py --docs=docs/CONFIG.md"
 
 

@@ -9,6 +9,7 @@ import stat
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import commands
 import pytest
@@ -27,8 +28,7 @@ def test_text_and_bytes(tmp_path, bucket):
     for data, content in (("cafe\u0301\n", "cafe\u0301\n".encode()), (b"\x00\xff", b"\x00\xff")):
         for path in (tmp_path / "a" / "b.txt", str(tmp_path / "a" / "c.txt")):
             paths.write_whole(path, data)
-            with open(path, "rb") as f:
-                assert f.read() == content
+            assert Path(path).read_bytes() == content
         paths.write_whole("memory://bucket/a/b.txt", data)
         assert bucket.cat_file("/bucket/a/b.txt") == content
     assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["b.txt", "c.txt"]
@@ -59,11 +59,8 @@ def test_what_cannot_be_written_is_an_oserror_or_refused_before_anything_is(tmp_
     with pytest.raises(OSError):
         paths.write_whole(tmp_path / "file" / "a", "x")
 
-    def refuses(*_, **__):
-        raise RuntimeError("403 Forbidden")
-
     bucket.pipe("/bucket/a", b"")
-    monkeypatch.setattr(type(bucket), "pipe_file", refuses)
+    monkeypatch.setattr(type(bucket), "pipe_file", mock.Mock(side_effect=RuntimeError("403 Forbidden")))
     with pytest.raises(OSError, match="memory://bucket/b: RuntimeError: 403 Forbidden"):
         paths.write_whole("memory://bucket/b", "x")
     paths.check_writable(epath.Path(tmp_path / "new" / "deep"), "--workdir")
@@ -89,9 +86,7 @@ def test_secrets_of_urls():
 
 @pytest.mark.parametrize("code", [401, 403, 503])
 def test_what_a_bucket_refuses_is_a_sentence_and_no_damage(monkeypatch, code):
-    def refuse(*_, **__):
-        raise HttpError({"code": code, "message": "refused"})
-
+    refuse = mock.Mock(side_effect=HttpError({"code": code, "message": "refused"}))
     for name in ("open", "is_dir"):
         monkeypatch.setattr(type(epath.Path("gs://b/x")), name, refuse)
     for read in (

@@ -14,9 +14,7 @@ from eval_data import FakeModel, evaluated, patch, prepared, unit, write_image, 
 from helpers import refused
 
 from diva_jax.evals import stats
-from diva_jax.evals.stats import ANSWERS as KINDS
 from diva_jax.evals.tasks import choice, mmvp
-from diva_jax.evals.tasks.mmvp import FOLDERS, PATTERNS
 
 prepare = partial(prepared, "choice", allow_partial=True)
 
@@ -45,7 +43,7 @@ def accuracy(items):
 
 
 def paired(items):
-    """The right answers, whose definitions `test_matching` checks."""
+    """The right answers, by the definitions that test_statistics checks."""
     right = stats.answers(np.stack(items), [(i, i) for i in range(len(items[0]))])
     return {kind: values.mean() for kind, values in right.items()}
 
@@ -177,7 +175,7 @@ def test_scores_patterns_and_rows_are_those_of_the_pairs(original):
         model = Coarse(seed)
         found, texts = task.evaluate(model), np.stack([model.words[text] for text in task.texts])
         draws = {"pooled": [unit(model.pooled[0])], "published": model.published[0].swapaxes(0, 1)}
-        for readout, kind in itertools.product(draws, KINDS):
+        for readout, kind in itertools.product(draws, stats.ANSWERS):
             right = np.array([right_pairs(images, texts)[kind] for images in draws[readout]])
             score = found.results["scores"][key(readout, kind)]
             assert score["score"] == pytest.approx(100 * right.mean(), abs=1e-9)
@@ -186,7 +184,7 @@ def test_scores_patterns_and_rows_are_those_of_the_pairs(original):
             assert low < score["score"] < high < low + 25
             patterns = {p["name"]: p["scores"][key(readout, kind)]["score"] for p in found.results["patterns"]}
             each = [100 * right[:, i : i + 15].mean() for i in range(0, 135, 15)]
-            assert patterns == pytest.approx(dict(zip(PATTERNS, each, strict=True)))
+            assert patterns == pytest.approx(dict(zip(mmvp.PATTERNS, each, strict=True)))
             rows = [row for row in found.rows if row["metric"] == readout]
             assert [row[f"{kind}_right"] for row in rows] == right.repeat(2, axis=1).ravel().tolist()
     for row in found.rows:
@@ -208,7 +206,7 @@ def test_flipped_pairs_have_their_images_and_texts(original):
     test = found["scores"]["pooled"]["mcnemar"]
     assert (test["won"], test["lost"]) == ((a & ~b).sum(), (b & ~a).sum())
     for f in flips:
-        assert f["won"] == a[f["item"]] and f["group"] == PATTERNS[f["item"] // 15]
+        assert f["won"] == a[f["item"]] and f["group"] == mmvp.PATTERNS[f["item"] // 15]
         assert [p.rsplit("/", 1)[1] for p in f["images"]] == [f"{2 * f['item'] + i}.jpg" for i in (1, 2)]
         assert all(os.path.isabs(p) and os.path.exists(p) for p in f["images"])
         assert (f["after"][0] > 0.5 + 1e-9 and f["after"][1] < 0.5 - 1e-9) == f["won"]
@@ -218,11 +216,11 @@ def test_flipped_pairs_have_their_images_and_texts(original):
 
 def test_names_of_the_folder_and_tables_from_windows(original, tmp_path):
     root = shutil.copytree(original, tmp_path / "mmvp", copy_function=os.link)
-    for before, folder in zip(FOLDERS, FOLDERS[1:], strict=False):
+    for before, folder in zip(mmvp.FOLDERS, mmvp.FOLDERS[1:], strict=False):
         for path in (root, root / before, root / "Questions.csv"):
             assert len(mmvp.read_questions(str(path))) == ROWS
         os.rename(root / before, root / folder)
-    assert len(mmvp.read_questions(str(root / FOLDERS[-1]))) == ROWS
+    assert len(mmvp.read_questions(str(root / mmvp.FOLDERS[-1]))) == ROWS
     table = (root / "Questions.csv").read_text().replace("\n", "\r\n")
     trees.change(root, {"Questions.csv": f"\ufeff{table}"})
     assert mmvp.read_questions(str(root))[0].text == "a photo of thing number 0, seen from above"

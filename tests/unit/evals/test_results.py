@@ -31,11 +31,6 @@ from diva_jax.training import partition
 PIECES = ["\r", "\n", "\r\n", '"', "'", ",", ";", "\t", "=", "+", "-", "@", "a", "é", "\x00", "\x1b[31m", " ", "\u2028"]
 
 
-def read(folder) -> list[dict]:
-    with open(folder / "predictions.csv", encoding="utf-8", newline="") as f:
-        return list(csv.DictReader(f))
-
-
 def content(tmp_path, names) -> dict:
     task = samples.drift_task()
     return samples.write_evaluation(tmp_path, [], **{"drift": task}) | {"tasks": dict.fromkeys(names, task)}
@@ -51,7 +46,8 @@ def test_csv_readers_get_back_what_was_written(tmp_path, seed):
     rows = [own | dict(item=i, text=text, score=-0.25 * i, correct=i % 2 == 0) for i, text in enumerate(texts)]
     name = b"caf\xe9.jpg".decode("utf-8", "surrogateescape")
     results.write(tmp_path, content(tmp_path, [*texts, name]), [*rows, {"item": 100, "text": name, "file": name}])
-    *found, last = read(tmp_path)
+    with open(tmp_path / "predictions.csv", encoding="utf-8", newline="") as f:
+        *found, last = csv.DictReader(f)
     for row, text in zip(found, texts, strict=True):
         assert row["text"] in (text, "'" + text) and not row["text"].startswith(results._FORMULA_PREFIXES)
         assert (row["text"] == text) == (not text.startswith(results._FORMULA_PREFIXES))

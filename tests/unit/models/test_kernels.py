@@ -8,18 +8,30 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import abstract_mesh, abstract_mesh as mesh, close, within
+from helpers import abstract_mesh, abstract_mesh as mesh, close
 from jax.sharding import PartitionSpec as P
 
 from diva_jax.models import attention, kernels as pallas, platform
 from diva_jax.models.diffusion import blocks
-from diva_jax.models.diffusion.blocks import FeedForward
 from diva_jax.models.layers import Layers
 
 
-def qkv(n, m, heads, width, batch=2, seed=0):
-    rng = np.random.default_rng(seed)
-    return [jnp.asarray(rng.normal(size=(batch, s, heads, width)), jnp.float32) for s in (n, m, m)]
+def qkv(n, m, heads, width):
+    rng = np.random.default_rng(0)
+    return [jnp.asarray(rng.normal(size=(2, s, heads, width)), jnp.float32) for s in (n, m, m)]
+
+
+def value_and_grads(fn, *args):
+    """The result, and the gradients of its sum with random weights to each argument."""
+    out, pull = jax.vjp(fn, *args)
+    return out, *pull(np.random.default_rng(1).normal(size=out.shape).astype(out.dtype))
+
+
+def assert_equal(kernel, plain, *args):
+    """Forward and backward, and alone without a backward pass, for which a kernel saves nothing."""
+    ours, goals = (jax.jit(functools.partial(value_and_grads, fn))(*args) for fn in (kernel, plain))
+    for found, goal in zip(*map(jax.tree.leaves, ((jax.jit(kernel)(*args), ours), (goals[0], goals))), strict=True):
+        close(found, goal, 2e-5)
 
 
 @pytest.mark.parametrize(("kernel", "n", "m", "heads", "width"), [
@@ -28,20 +40,7 @@ def qkv(n, m, heads, width, batch=2, seed=0):
 def test_the_kernel_equals_plain_attention(kernel, n, m, heads, width):
     """Forward and all three gradients, heads of every width in use, lengths that need padding; jax's kernel too."""
     kernel = functools.partial(getattr(attention, kernel), interpret=True)
-    args = qkv(n, m, heads, width)
-    weight = jnp.asarray(np.random.default_rng(1).normal(size=args[0].shape), jnp.float32)
-
-    def value_and_grads(fn):
-        return jax.jit(jax.value_and_grad(lambda a: jnp.sum(weight * fn(*a)), has_aux=False))(args)
-
-    with jax.default_matmul_precision("highest"):
-        out = jax.jit(lambda a: kernel(*a))(args)
-        close(out, jax.nn.dot_product_attention(*args), 2e-5)
-        value, grads = value_and_grads(kernel)
-        expected, goals = value_and_grads(jax.nn.dot_product_attention)
-    within(abs(value - expected), 1e-4 * abs(expected), "value")
-    for ours, goal in zip(grads, goals, strict=True):
-        close(ours, goal, 2e-5)
+    assert_equal(kernel, jax.nn.dot_product_attention, *qkv(n, m, heads, width))
 
 
 @pytest.mark.parametrize("largest, share", [(1, (0, 0)), (3, (0.01, 0.99)), (20, (1, 1))])
@@ -56,9 +55,8 @@ def test_scores_beyond_the_bound_of_the_norms(largest, share, monkeypatch):
     tiles = [[n[i : i + 128].max(axis=0) for i in (0, 128, 256)] for n in norms]
     beyond = np.mean([a * b / 4 > pallas.BOUNDED_SCORE for a in tiles[0] for b in tiles[1]])
     assert share[0] <= beyond <= share[1]
-    with jax.default_matmul_precision("highest"):
-        out = jax.jit(lambda a: attention.flash(*a, interpret=True))((q, k, v))
-        close(out, jax.nn.dot_product_attention(q, k, v), 2e-5)
+    out = jax.jit(lambda a: attention.flash(*a, interpret=True))((q, k, v))
+    close(out, jax.nn.dot_product_attention(q, k, v), 2e-5)
 
 
 @pytest.mark.parametrize(("n", "m", "heads", "width"), [(37, 37, 3, 8), (30, 7, 1, 40), (1, 19, 5, 6)])
@@ -66,16 +64,10 @@ def test_attention_on_cpus_equals_plain_attention(n, m, heads, width):
     """Scores are large, so that a softmax without its largest score subtracted overflows; a float32 score of up to 200
     is rounded by 2^-24 of itself, which changes its weight by 1.2e-5 of itself. The reference is in float64."""
     args = [40 * qkv(n, m, heads, width)[0], *qkv(n, m, heads, width)[1:]]
-    weight = jnp.asarray(np.random.default_rng(1).normal(size=(2, n, heads * width)), jnp.float32)
-
-    def value_and_grads(args, weight):
-        out, back = jax.vjp(attention.attention, *args)
-        return [out, *back(weight)]
-
-    with jax.default_matmul_precision("highest"), jax.sharding.use_abstract_mesh(mesh("cpu")):
-        ours = value_and_grads(args, weight)
+    with jax.sharding.use_abstract_mesh(mesh("cpu")):
+        ours = value_and_grads(attention.attention, *args)
     with jax.enable_x64(True):
-        expected = value_and_grads([np.asarray(a, np.float64) for a in args], np.asarray(weight, np.float64))
+        expected = value_and_grads(attention.attention, *(np.asarray(a, np.float64) for a in args))
     for x, goal in zip(ours, expected, strict=True):
         close(x, goal, 2e-5)
 
@@ -137,40 +129,24 @@ def test_the_mesh_and_what_is_allowed_decide_and_not_this_machine():
 
 def layer(channels, dtype, seed=0):
     layers = Layers(nnx.Rngs(seed), dtype, dtype)
-    pair = layers.layer_norm(channels, 1e-5), FeedForward(channels, layers)
+    pair = layers.layer_norm(channels, 1e-5), blocks.FeedForward(channels, layers)
     rng = np.random.default_rng(seed)
     graph, state = nnx.split(pair)
     state = jax.tree.map(lambda a: a + jnp.asarray(0.2 * rng.normal(size=a.shape), a.dtype), state)
     return graph, state
 
 
-def value_and_grads(fn, x, state, weight):
-    out, pull = jax.vjp(fn, x, state)
-    return out, *pull(weight.astype(out.dtype))
-
-
 @pytest.mark.parametrize(("batch", "tokens", "channels"), [(2, 384, 32), (1, 128, 192)])
 def test_the_kernel_equals_the_modules(batch, tokens, channels):
     """Result and gradients with respect to tokens and weights, in float32; hidden units in one part and in several."""
     graph, state = layer(channels, jnp.float32)
-    rng = np.random.default_rng(1)
-    x, weight = (jnp.asarray(rng.normal(size=(batch, tokens, channels)), jnp.float32) for _ in range(2))
+    x = jnp.asarray(np.random.default_rng(2).normal(size=(batch, tokens, channels)), jnp.float32)
 
     def plain(x, state):
         norm, ff = nnx.merge(graph, state)
         return x + ff(norm(x))
 
-    def fused(x, state):
-        return blocks.fused(x, state, graph, True)
-
-    with jax.default_matmul_precision("highest"):
-        goals = value_and_grads(plain, x, state, weight)
-        ours = value_and_grads(fused, x, state, weight)
-        # Without a backward pass, the kernel saves nothing.
-        np.testing.assert_array_equal(fused(x, state), ours[0])
-    assert jax.tree.structure(goals) == jax.tree.structure(ours)
-    for found, goal in zip(jax.tree.leaves(ours), jax.tree.leaves(goals), strict=True):
-        close(found, goal, 2e-5)
+    assert_equal(lambda x, state: blocks.fused(x, state, graph, True), plain, x, state)
 
 
 BF16 = jnp.bfloat16
@@ -195,12 +171,10 @@ def test_the_block_calls_the_kernel_on_tpus():
     graph, state = nnx.split(nnx.eval_shape(lambda: nnx.merge(*layer(128, jnp.bfloat16))))
     x = jax.ShapeDtypeStruct((4, 512, 128), jnp.bfloat16)
 
-    def loss(x, state):
-        return jnp.sum(blocks.feed_forward(x, *nnx.merge(graph, state)).astype(jnp.float32))
-
     def traced(allowed):
+        run = functools.partial(value_and_grads, lambda x, state: blocks.feed_forward(x, *nnx.merge(graph, state)))
         with platform.traced_on(abstract_mesh("tpu", kind="TPU v5 lite"), allowed):
-            return str(jax.make_jaxpr(jax.grad(loss))(x, state))
+            return str(jax.make_jaxpr(run)(x, state))
 
     assert "pallas_call" not in traced({"feed-forward 320"})
     text = traced({"feed-forward 128"})

@@ -19,7 +19,6 @@ from helpers import failed, refused
 
 from diva_jax import config, objectives
 from diva_jax.common import log
-from diva_jax.objectives import Stage
 from diva_jax.training import checkpoint, metrics, partition, workdirs
 from diva_jax.training.step import learning_rate, optimizer, pace
 
@@ -62,17 +61,15 @@ def test_optimizer_state_lies_as_its_parameters_and_bytes_per_device_fall():
             split += "fsdp" in leaf.sharding.spec
     assert split > 10
 
-    def held(a):
-        return np.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize
-
+    shapes = [(a.sharding.shard_shape(a.shape), a.dtype.itemsize) for a in p.arrays.values()]
     whole = sum(a.size * a.dtype.itemsize for a in p.arrays.values())
-    assert sum(held(a) for a in p.arrays.values()) < whole / 3
+    assert sum(np.prod(shape) * size for shape, size in shapes) < whole / 3
 
 
-STAGE = Stage("tune", 100, 4700, 1e-4, ())
+STAGE = objectives.Stage("tune", 100, 4700, 1e-4, ())
 
 
-def rate(stage: Stage, warmup: float):
+def rate(stage: objectives.Stage, warmup: float):
     return learning_rate(stage, pace(stage, warmup))
 
 
@@ -105,7 +102,7 @@ def test_stages_have_the_schedule_of_the_config_where_they_give_none():
     own = rate(STAGE._replace(rate=lambda step, pace: pace.warm + step), 0.5)
     assert (own(0), own(3)) == (2300, 2303)
     for steps in (1, 2, 3):  # The shortest stages have a schedule.
-        lr = rate(Stage("s", 0, steps, 0.5, ()), 0.9)
+        lr = rate(objectives.Stage("s", 0, steps, 0.5, ()), 0.9)
         assert max(float(lr(i)) for i in range(steps)) == 0.5
 
 
@@ -115,7 +112,7 @@ def test_weight_decay_spares_biases_norms_and_those_named(name, every):
     params = {n: jnp.full((2, 2)[: 1 + (n == "net/kernel")], 2.0) for n in ("net/kernel", "net/scale", "scale")}
     c = config.default().optim.unlock()
     c.update(name=name, warmup=0.0, clip=0.0, weight_decay=0.1, decay_all=every, no_decay="scale")
-    tx = optimizer(c, rate(Stage("s", 0, 10, 0.5, ()), 0.0), dict.fromkeys(params, 1.0))
+    tx = optimizer(c, rate(objectives.Stage("s", 0, 10, 0.5, ()), 0.0), dict.fromkeys(params, 1.0))
     updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
     decaying = {"net/kernel"} | ({"net/scale"} if every else set())
     for n in params:
@@ -160,12 +157,11 @@ def rows(folder):
 
 
 def test_rows_are_means_over_their_window(tmp_path, capsys):
-    writer = metrics.Writer(tmp_path, 0, tensorboard=True)
-    progress = metrics.Progress(writer, 0, 5, every=2, images=4, utilisation=1e-3)
-    for step, loss in enumerate([1.0, 2.0, 3.0, 5.0, 7.0], 1):
-        progress.add(step, values(loss))
-    progress.flush()
-    writer.close()
+    with contextlib.closing(metrics.Writer(tmp_path, 0, tensorboard=True)) as writer:
+        progress = metrics.Progress(writer, 0, 5, every=2, images=4, utilisation=1e-3)
+        for step, loss in enumerate([1.0, 2.0, 3.0, 5.0, 7.0], 1):
+            progress.add(step, values(loss))
+        progress.flush()
     assert [(r["step"], r["loss"]) for r in rows(tmp_path)] == [(2, 1.5), (4, 4.0), (5, 7.0)]
     assert all(r["mfu"] == pytest.approx(r["images_per_s"] * 1e-3) for r in rows(tmp_path))
     lines = capsys.readouterr().out.splitlines()
@@ -184,11 +180,10 @@ def test_sessions_are_listed_and_rows_have_their_time(tmp_path, monkeypatch):
     clock = [100.0]
     monkeypatch.setattr(metrics.time, "monotonic", lambda: clock[0])
     for begins in (0, 2):
-        writer = metrics.Writer(tmp_path, begins, tensorboard=False)
-        for step in (begins + 1, begins + 2):
-            clock[0] += 7.5
-            writer.write(step, {"loss": 1.0})
-        writer.close()
+        with contextlib.closing(metrics.Writer(tmp_path, begins, tensorboard=False)) as writer:
+            for step in (begins + 1, begins + 2):
+                clock[0] += 7.5
+                writer.write(step, {"loss": 1.0})
         clock[0] += 1000
     assert [(r["step"], r["seconds"]) for r in rows(tmp_path)] == [(1, 7.5), (2, 15.0), (3, 7.5), (4, 15.0)]
     sessions = json.loads((tmp_path / "sessions.json").read_text())
@@ -258,8 +253,7 @@ def test_lines_that_are_no_rows_are_removed_with_a_message(tmp_path, capsys, see
     for line in (added := [odd[i] for i in rng.integers(len(odd), size=3)]):
         lines.insert(int(rng.integers(len(lines))), line)
     (tmp_path / "metrics.jsonl").write_bytes(b"".join(line + b"\n" for line in lines))
-    writer = metrics.Writer(tmp_path, 4, tensorboard=False)
-    writer.write(5, {"loss": 1.0})
-    writer.close()
+    with contextlib.closing(metrics.Writer(tmp_path, 4, tensorboard=False)) as writer:
+        writer.write(5, {"loss": 1.0})
     assert [(r["step"], r["loss"]) for r in rows(tmp_path)] == [(i, 0.5) for i in (1, 2, 3, 4)] + [(5, 1.0)]
     assert f"{len(added)} lines that are no rows of a log are removed" in capsys.readouterr().out

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from pathlib import Path
 from unittest import mock
 
 import huggingface_hub
@@ -18,8 +19,6 @@ from diva_jax import demo
 from diva_jax.models.backbones import NO_TEXT, TABLE
 from diva_jax.weights import formats, names, origins
 from diva_jax.weights.export import layouts, publish
-from diva_jax.weights.formats import Tensors
-from diva_jax.weights.origins import TOKENIZER_FILES, ClipSource
 
 BACKBONE = {"source": "hf-hub:timm/vit_large_patch14_clip_224.openai"}
 CONFIG = dict(objective="diva", data={"path": "photos"}, batch_size=8, seed=3, ema={"decay": 0.9}, backbone=BACKBONE)
@@ -31,6 +30,7 @@ PROVENANCE = dict(workdir="runs/a", step=40, config=CONFIG, sources=SOURCES, bas
 def clip(tmp_path_factory):
     folder = tmp_path_factory.mktemp("clip")
     demo.write_clip(folder, EVAL_CLIP)
+    demo.write_byte_tokenizer(folder)
     return origins.open_source(str(folder))
 
 
@@ -161,16 +161,9 @@ def test_weights_that_are_not_finite_are_named(clip, tmp_path, seed):
 SPEC = dataclasses.replace(CLIP_FOLDER, text=dataclasses.replace(CLIP_FOLDER.text, vocab_size=600))
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tokenizer")
-    demo.write_byte_tokenizer(folder)
-    return folder
-
-
-def source_of(folder, *names) -> ClipSource:
-    files = tuple(folder / n for n in (names or TOKENIZER_FILES) if (folder / n).exists())
-    return ClipSource("runs/a", "checkpoint", Tensors({}, []), SPEC, tokenizer=files)
+def source_of(folder, *names) -> origins.ClipSource:
+    files = tuple(file for n in (names or origins.TOKENIZER_FILES) if (file := Path(folder, n)).exists())
+    return origins.ClipSource("runs/a", "checkpoint", formats.Tensors({}, []), SPEC, tokenizer=files)
 
 
 def exported(tmp_path, source):
@@ -179,12 +172,12 @@ def exported(tmp_path, source):
     return tmp_path
 
 
-def test_whole_tokenizers_are_copied_and_who_needs_none(tmp_path, whole):
-    source = source_of(whole)
+def test_whole_tokenizers_are_copied_and_who_needs_none(tmp_path, clip):
+    source = source_of(clip.where)
     assert layouts.without_tokenizer(source, SPEC, "hf") == ""
     ids = AutoTokenizer.from_pretrained(exported(tmp_path, source))(["a dog"])["input_ids"][0]
     assert len(ids) == 6 and len(set(ids)) == 6
-    source = source_of(whole, "none")
+    source = source_of(clip.where, "none")
     assert layouts.without_tokenizer(source, SPEC, "pt") == ""
     assert layouts.without_tokenizer(source, dataclasses.replace(SPEC, text=NO_TEXT), "hf") == ""
     assert "--tokenizer=FOLDER" in layouts.without_tokenizer(source, SPEC, "open_clip")
@@ -193,24 +186,24 @@ def test_whole_tokenizers_are_copied_and_who_needs_none(tmp_path, whole):
     assert own == "" != other
 
 
-def test_what_is_not_whole_is_refused_and_named(tmp_path, whole):
+def test_what_is_not_whole_is_refused_and_named(tmp_path, clip):
     """Not written in part, from which transformers makes a tokenizer that knows no word."""
     for name in ("vocab.json", "merges.txt", "none"):
-        source, folder = source_of(whole, name), tmp_path / name
+        source, folder = source_of(clip.where, name), tmp_path / name
         folder.mkdir()
         assert not (exported(folder, source) / "vocab.json").exists()
         with pytest.raises(ValueError):
             AutoTokenizer.from_pretrained(folder)
         note = layouts.without_tokenizer(source, SPEC, "hf")
         assert "vocab.json with merges.txt" in note and "--tokenizer=FOLDER" in note
-        added = layouts.with_tokenizer(source, SPEC, str(whole))
+        added = layouts.with_tokenizer(source, SPEC, clip.where)
         assert layouts.without_tokenizer(added, SPEC, "hf") == "" and "vocab.json" in {f.name for f in added.tokenizer}
     (partial := tmp_path / "partial").mkdir()
-    shutil.copy(whole / "vocab.json", partial)
+    shutil.copy(Path(clip.where, "vocab.json"), partial)
     for folder, spec, named in (
         (partial, SPEC, "it needs tokenizer.json or vocab.json with merges.txt"),
         (tmp_path / "nowhere", SPEC, "--tokenizer="),
-        (whole, dataclasses.replace(SPEC, text=NO_TEXT), "leave it out"),
-        (whole, CLIP_FOLDER, "514 tokens"),
+        (clip.where, dataclasses.replace(SPEC, text=NO_TEXT), "leave it out"),
+        (clip.where, CLIP_FOLDER, "514 tokens"),
     ):
         refused(named, layouts.with_tokenizer, source, spec, str(folder))
