@@ -110,11 +110,9 @@ def test_scores_by_hand(tmp_path, name):
 
 
 def test_several_sets_with_images_elsewhere(tmp_path):
-    sets.sugarcrepe(tmp_path / "a")
-    sets.valse(tmp_path / "a")
     (tmp_path / "b").mkdir()
-    for name in ("add_att.json", "existence.json"):
-        (tmp_path / "a" / name).rename(tmp_path / "b" / name)
+    for file in (sets.sugarcrepe(tmp_path / "a"), sets.valse(tmp_path / "a")):
+        file.rename(tmp_path / "b" / file.name)
     task = prepare(tmp_path / "b", images=str(tmp_path / "a"))
     assert list(task.metrics) == ["add_att_accuracy", "existence_accuracy"] and task.count == 11
     refused("its image .* does not exist", prepare, tmp_path / "b")

@@ -88,24 +88,18 @@ def test_tfds(tmp_path):
     refused("no class label 'x', only label", prepare, f"tfds:labelled/test?label=x&data_dir={tmp_path}")
 
 
-def written(folder, value) -> str:
-    path = folder / "given.json"
-    path.write_text(json.dumps(value))
-    return str(path)
-
-
 GIVEN = json.loads(Path(__file__).with_name("classes.json").read_text())
 
 
 @pytest.mark.parametrize("option, value, expected", GIVEN)
 def test_names_and_prompts_from_json(folders, tmp_path, option, value, expected):
-    (folders / "classnames.txt").unlink()
-    (folders / "zeroshot_classification_templates.txt").write_text("one {c}\n")
+    files = {"classnames.txt": None, "zeroshot_classification_templates.txt": "one {c}\n"}
+    trees.change(folders, files | {"../given.json": json.dumps(value)})
+    given = {option: str(tmp_path / "given.json")}
     if isinstance(expected, str):
-        refused(expected, lambda: prepare(folders, **{option: written(tmp_path, value)}))
+        refused(expected, prepare, folders, **given)
     else:
-        task = prepare(folders, **{option: written(tmp_path, value)})
-        assert task.classified[""].prompts[1] == expected
+        assert prepare(folders, **given).classified[""].prompts[1] == expected
 
 
 def test_labels_of_folders(tmp_path, caplog):
