@@ -25,6 +25,8 @@ from diva_jax.common.errors import RunError, Terminated, UserError, place, print
 
 # Time for threads to end after a command has, since one of them may wait for a disk that is gone [s].
 _LINGER_S = 10.0
+# Values that a message quotes may be of any length.
+_MAX_MESSAGE_CHARS = 10_000
 # What a signal raises -> the signal, the exit code, as shells have it, and what is said; a training run that has saved
 # ends with 0 after SIGTERM.
 _SIGNALS = {
@@ -243,6 +245,6 @@ def run(main: Callable[..., None], arguments: Sequence[str] = (), described: Des
         by_signal = [kind for kind in _handled[-1:] if kind.__name__ in traceback.format_exc()]
         kind = type(e) if type(e) in _SIGNALS else next(iter(by_signal), None)
         code, message = _SIGNALS[kind][1:] if kind else (1, _unexpected(e))
-    print(printable(" ".join(message.split())), file=sys.stderr, flush=True)
+    print(printable(" ".join(message.split()))[:_MAX_MESSAGE_CHARS], file=sys.stderr, flush=True)
     _end_within(_LINGER_S, code)
     sys.exit(code)
