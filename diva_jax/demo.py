@@ -135,11 +135,8 @@ def write_stable_diffusion(folder: Path, config: dict, seed: int = 0) -> None:
     write_byte_tokenizer(folder / "tokenizer")
 
 
-def main() -> None:
-    if not _OUT.value:
-        raise UserError("--out is missing: give a folder, e.g. --out=data/tiny")
-    jax.config.update("jax_platforms", "cpu")
-    out = Path(_OUT.value)
+def write_all(out: Path) -> None:
+    """Writes photographs, towers and diffusion model into a folder; existing files are overwritten."""
     print(f"writing photographs to {out / 'photos'} and {out / 'images'}", flush=True)
     pack_photos(out / "photos")
     for i, (photograph, _, jpeg) in enumerate(examples(24)):
@@ -149,6 +146,13 @@ def main() -> None:
     write_byte_tokenizer(out / "clip")
     print(f"writing a tiny Stable Diffusion to {out / 'stable-diffusion'}", flush=True)
     write_stable_diffusion(out / "stable-diffusion", presets.preset("tiny"))
+
+
+def main() -> None:
+    if not _OUT.value:
+        raise UserError("--out is missing: give a folder, e.g. --out=data/tiny")
+    jax.config.update("jax_platforms", "cpu")
+    write_all(Path(_OUT.value))
     print(
         "Wrote photos (tar shards), images (files), clip (open_clip folder) and stable-diffusion (diffusers folder) to "
         f"{_OUT.value}."

@@ -53,7 +53,9 @@ def test_config_builds_as_shapes(name):
     p = Program(c, partition.make_mesh(c.mesh, jax.devices()[:1]))
     spec = backbones.spec_of(c)
     assert "total" in partition.summary(p.arrays, p.trained)
-    assert {n.split("/")[0] for n in p.trained} == TRAINED[c.objective] - ({"kernel_params"} if variant else set())
+    assert {n.split("/")[0] for n in p.trained} == TRAINED[objectives.section(c.objective)] - (
+        {"kernel_params"} if variant else set()
+    )
     if stem not in ("tiny", "world") and c.objective in ("diva", "dcr", "judge", "unclip"):
         # The U-Net of Stable Diffusion 2.1-base; un2CLIP's with the class embedding, 2d to 1280 to 1280 channels.
         labels = (2 * spec.embed_dim + 1) * 1280 + 1281 * 1280 if c.objective == "unclip" else 0
