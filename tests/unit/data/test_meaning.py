@@ -87,8 +87,8 @@ def read_with_flipped_bits(path):
 
 
 def test_flipped_bits_of_arrow_files_end_no_process(tmp_path):
-    """In a process of its own, since a signal would end that of the tests."""
-    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("forkserver")) as pool:
+    """In a new process, since a signal would end that of the tests."""
+    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         pool.submit(read_with_flipped_bits, tmp_path / "a.arrow").result(120)
 
 
