@@ -63,7 +63,7 @@ class _Row(NamedTuple):
         for path in (self.folder / name for name in names):
             if self.is_file(path):
                 return ImageRegion(path, box)
-        problem = f"{self.where}: its image {str(self.folder / names[0])[:300]} does not exist"
+        problem = f"{self.where}: its image {brief(str(self.folder / names[0]), 300)} does not exist"
         raise UserError(f"{problem}: fetch it, or set --config.eval.{self.task}.images to the folder of the images")
 
     def item(self, images: list[ImageRegion], words: Sequence[str], groups: Mapping[str, str] | None = None) -> Item:

@@ -88,7 +88,7 @@ def _question(path: Path, folder: Path, line: int, row: dict[str, str]) -> Quest
         raise UserError(f"{where}: {wrong}")
     image = folder / type_ / f"{int(id_)}.jpg"
     if not os.path.isfile(image):
-        raise UserError(f"{where}: its image {str(image)[:300]} does not exist: fetch it, or correct the row")
+        raise UserError(f"{where}: its image {brief(str(image), 300)} does not exist: fetch it, or correct the row")
     return Question(line, int(id_), image, f"a photo of {statement}")
 
 
