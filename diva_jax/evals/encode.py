@@ -101,8 +101,8 @@ def require_finite(values: np.ndarray, label: str, what: str, kind: str = "embed
 
 def spread(rows: Sequence[np.ndarray], mesh: Mesh) -> Array:
     """A row for each item of a batch as one global array over all devices; those of other processes are not used."""
-    whole = np.stack(rows)
-    return jax.make_array_from_callback(whole.shape, NamedSharding(mesh, partition.BATCH), whole.__getitem__)
+    shape, sharding = (len(rows), *np.shape(rows[0])), NamedSharding(mesh, partition.BATCH)
+    return jax.make_array_from_callback(shape, sharding, lambda index: np.stack(rows[index[0]]))
 
 
 class Towers:
