@@ -153,6 +153,11 @@ class LatentSource:
         """The shape of one image's latents."""
         return *self.shape[:2], self.vae.latent_channels
 
+    @property
+    def pretrained(self) -> Mapping[str, Part]:
+        """{"vae": its source}; nothing where moments are cached."""
+        return {} if self.cached else {"vae": self.part}
+
 
 class Progress(NamedTuple):
     """What a loss may know of the run."""

@@ -190,8 +190,7 @@ class Objective(contract.Objective):
     def pretrained(self) -> Mapping[str, parts.Part]:
         """The encoder without its adapters, and the VAE."""
         fresh = (adapters.FRESH,) if self.options.stage2 != NONE else ()
-        vae = {} if self.latent_source.cached else {"vae": self.latent_source.part}
-        return {"vision": parts.vision(self.spec.source, self.spec, fresh=fresh), **vae}
+        return {"vision": parts.vision(self.spec.source, self.spec, fresh=fresh), **self.latent_source.pretrained}
 
     def draw(self, keys: Array, latents_shape: tuple[int, int, int]) -> tuple[GenHancerDraws, Array]:
         """(random numbers, keys of the adapters' dropout), from one key per image, [B]."""

@@ -133,7 +133,7 @@ class StableDiffusionObjective(contract.Objective):
         return {
             "vision": parts.vision(self.spec.source, self.spec, fresh=fresh),
             "unet": parts.diffusers(d.source, d.unet, "config.diffusion.unet", d.scheduler),
-            **({} if self.latent_source.cached else {"vae": self.latent_source.part}),
+            **self.latent_source.pretrained,
             **({"text_context": context} if self.prompts else {}),
         }
 
