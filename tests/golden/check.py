@@ -2,7 +2,7 @@
 
 Each FILE.npz records inputs, weights, random draws and results of one of the methods. Which method it is follows from
 its name; the modules beside this one each read those of one method. The tiny U-Net and VAE of Stable Diffusion are in
-sd_tiny_7.npz. Prints a line per quantity; exits 1 where one is past its bound.
+sd_tiny_7.npz. Prints a line per quantity; exits 1 where one is past its bound, 2 where a file cannot be compared.
 """
 
 import importlib
@@ -50,7 +50,12 @@ def main(files: list[str]) -> int:
     found = []
     for path in files:
         print(path)
-        for key, error, bound in errors(path):
+        try:
+            rows = errors(path)
+        except (OSError, KeyError, ValueError) as e:
+            print(f"error: {path}: {e}", file=sys.stderr)
+            return 2
+        for key, error, bound in rows:
             found.append(error <= bound)
             print(f"{key:<60} {error:.2e}  bound {bound:.0e}  {'ok' if found[-1] else 'PAST THE BOUND'}")
     print(f"{len(found)} quantities, {found.count(False)} past their bound")
