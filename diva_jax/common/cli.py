@@ -242,9 +242,10 @@ def run(main: Callable[..., None], arguments: Sequence[str] = (), described: Des
         message, code = f"error: {e}", 2 if isinstance(e, UserError) else 1
     except (*_SIGNALS, Exception) as e:
         # Where a signal comes while jax compares arguments, jax raises an exception of its own with the signal's trace.
-        by_signal = [kind for kind in _handled[-1:] if kind.__name__ in traceback.format_exc()]
-        kind = type(e) if type(e) in _SIGNALS else next(iter(by_signal), None)
-        code, message = _SIGNALS[kind][1:] if kind else (1, _unexpected(e))
+        kind = type(e)
+        if kind not in _SIGNALS and _handled and _handled[-1].__name__ in traceback.format_exc():
+            kind = _handled[-1]
+        code, message = _SIGNALS[kind][1:] if kind in _SIGNALS else (1, _unexpected(e))
     print(printable(" ".join(message.split()))[:_MAX_MESSAGE_CHARS], file=sys.stderr, flush=True)
     _end_within(_LINGER_S, code)
     sys.exit(code)

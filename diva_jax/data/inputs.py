@@ -5,10 +5,11 @@ The pipeline, the abstract batch of the train step and the checks at the start o
 
 import dataclasses
 import difflib
+import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, NamedTuple, Protocol
+from typing import Annotated, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 from PIL.Image import Image as PILImage
@@ -65,9 +66,9 @@ class Alternatives:
 
     count: int
     of_caption: bool = False
-    every: Sequence[str] = dataclasses.field(default=(), init=False)
     wanted = ""
     listed = False
+    every: ClassVar[Sequence[str]] = ()
 
     def __call__(self, record: Record, rng: np.random.Generator) -> tuple[list[str], str] | None:
         if not self.of_caption:
@@ -133,10 +134,14 @@ class Classes(Alternatives):
     names: Sequence[str] = ()
     template: str = "{}"
 
-    def __post_init__(self):
+    @functools.cached_property
+    def _texts(self) -> tuple[str, ...]:
         texts = [self.template.replace("{}", name) for name in self.names]
-        object.__setattr__(self, "_texts", (*texts, common(texts)))
-        object.__setattr__(self, "every", () if self.of_caption else self._texts)
+        return *texts, common(texts)
+
+    @property
+    def every(self) -> Sequence[str]:
+        return () if self.of_caption else self._texts
 
     @classmethod
     def read(cls, count: int, of_caption: bool, path: str, template: str) -> "Classes":

@@ -29,8 +29,6 @@ _WORDS = regex.compile(
     rf"{_START}|{_END}|'(?:s|t|re|ve|m|ll|d)|\p{{L}}+|\p{{N}}|[^\s\p{{L}}\p{{N}}]+", flags=regex.IGNORECASE
 )
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
-# What files of CLIP's tokenizer raise that are damaged.
-_DAMAGE = (OSError, EOFError, KeyError, TypeError, ValueError, AttributeError, zlib.error)
 _MAX_UNPACKED_BYTES = 2**26
 _MAX_ID = 2**24
 # Entries of OpenAI's merges file that make its vocabulary of 49,408.
@@ -163,7 +161,7 @@ def clip_vocabulary(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]
             vocab = {t: i for i, t in enumerate([*letters, *(a + b for a, b in merges), _START, _END])}
         added = {t["content"]: bool(t.get("normalized", not t.get("special"))) for t in listed.values()}
         return vocab | {t["content"]: i for i, t in listed.items()}, merges, added
-    except (UserError, *_DAMAGE) as e:
+    except (UserError, OSError, EOFError, KeyError, TypeError, ValueError, AttributeError, zlib.error) as e:
         raise UserError(f"{path} is no tokenizer file of CLIP's ({brief(e, 300)}): fetch it again") from e
 
 

@@ -242,9 +242,8 @@ def read_items(file: Path, layout: str, images: Path, task: str = "choice") -> l
     own_table = layout == "own" and file.suffix.lower() not in (".jsonl", ".json")
     rows = _csv_items(file) if own_table else _json_rows(file, layout in ("own", "winoground"))
     is_file = functools.cache(os.path.isfile)
-    items = [
-        item for where, value in rows if (item := LAYOUTS[layout](_Row(file, where, value, images, is_file, task)))
-    ]
+    made = (LAYOUTS[layout](_Row(file, where, value, images, is_file, task)) for where, value in rows)
+    items = list(filter(None, made))
     if layout == "whatsup":
         _check_whatsup(items)
     if not items:

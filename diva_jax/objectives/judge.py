@@ -178,8 +178,8 @@ class Objective(StableDiffusionObjective):
         """All."""
         d = self.diffusion
         encoder = parts.diffusers(d.source, d.text_encoder, "config.diffusion.text_encoder")
-        text = {"text": parts.text(self.spec.source, self.spec)}
-        return {**super().pretrained(), **text, **({} if self.prompts else {"text_encoder": encoder})}
+        found = {**super().pretrained(), "text": parts.text(self.spec.source, self.spec)}
+        return found if self.prompts else {**found, "text_encoder": encoder}
 
     def draw(self, keys: Array, latents_shape: tuple[int, int, int], count: int | None = None) -> JudgeDraws:
         """N draws (`count`, or config.judge.draws) from one key per image, [B]."""

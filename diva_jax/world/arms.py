@@ -58,7 +58,6 @@ def _controlled(name: str, arm: Arm, what: str, **changes) -> dict[str, Arm]:
 _NEXT = "the features of the next image"
 _ANCHOR = {"anchor.of": "unit", "anchor.weight": 80.0}
 _JUDGE = {"judge.texts": "records", "judge.neutral": "none", "judge.draws": 1, "optim.lr": 3e-3} | _ANCHOR
-_ABSTAINS = {"judge.neutral": "auto"}
 _DIVA = {"optim.name": "adamw", "diva.draws": 1, "diva.first_timestep": 300}
 _UNCLIP = {"unclip.latents": "mean", "trainable": (("vision/.*", 1.0), (".*", 0.0))}
 _CONTRAST = {"contrast.weight": 1.0}
@@ -84,7 +83,12 @@ ARMS = {
     ),
     **_controlled(
         "judge_half",
-        Arm("the judge, half of whose questions have no true text", "judge", _JUDGE | _ABSTAINS, wrong=50),
+        Arm(
+            "the judge, half of whose questions have no true text",
+            "judge",
+            _JUDGE | {"judge.neutral": "auto"},
+            wrong=50,
+        ),
         "the posterior in a random order",
         fields={"judge.verdict": "shuffled"},
     ),
