@@ -24,6 +24,7 @@ def refused(path, match):
 
 
 CONTENT = {"a.weight": torch.arange(600.0).reshape(20, 30), "b": torch.tensor(3.0)}
+CONTENT |= {"half": torch.arange(7.0).half(), "wide": torch.eye(3, dtype=torch.float64)}
 
 
 def write(kind, path):
@@ -63,9 +64,11 @@ def test_no_value_comes_from_outside_the_file(tmp_path):
 
 
 @pytest.mark.attack
+@pytest.mark.parametrize("kind", ["safetensors", "zip"])
 @pytest.mark.parametrize("seed", range(8))
-def test_changed_bytes(tmp_path, seed):
-    write("zip", tmp_path / "good")
+def test_changed_bytes(tmp_path, seed, kind):
+    """A few changes of bytes anywhere: refused, or read as arrays of the same size."""
+    write(kind, tmp_path / "good")
     data, rng = (tmp_path / "good").read_bytes(), np.random.default_rng(seed)
     for case in range(25):
         path = tmp_path / f"{case}"
