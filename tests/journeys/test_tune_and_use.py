@@ -136,7 +136,7 @@ def test_the_generator_is_scored_as_encoders_are(home, evaluated):
     judge = json.loads((home / "results/results.json").read_text())["tasks"]["judge"]
     assert {info["answers"] for info in judge["metrics"].values()} == {"image", "text", "group", "match"}
     before, after = judge["weights"].values()
-    assert before == after and all(s["interval"] for s in before["scores"].values()) and judge["count"] == 3
+    assert before == after and all(s["interval"] for s in before["scores"].values()) and judge["count"] == 5
     assert "whatever the weights: 2 draws per image of timesteps 300 to 999" in evaluated
 
 

@@ -19,7 +19,7 @@ from diva_jax.models.backbones import Spec
 
 PHOTOGRAPHS = ("astronaut", "coffee", "chelsea", "rocket", "camera", "logo")
 
-TEXTS = json.loads(Path(__file__).with_name("texts.json").read_text())
+TEXTS, CHOICES = (json.loads(Path(__file__).with_name(f"{name}.json").read_text()) for name in ("texts", "choices"))
 
 
 def statement(row: int) -> str:
@@ -134,8 +134,8 @@ def write_task_data(root: Path) -> dict[str, str]:
     tree |= {f"voc/SegmentationClass/{i}.png": encoded(Image.fromarray(label)) for i, label in enumerate(labels)}
     tree |= {f"voc/JPEGImages/{i}.jpg": encoded(patch(i), "JPEG") for i in range(2)}
     trees.change(root, tree | {"voc/ImageSets/Segmentation/val.txt": "0\n1\n"})
-    sugarcrepe(root / "choice")
-    winoground(root / "pairs", 3)
+    write_choices(root / "choice", "add_att")
+    write_choices(root / "pairs", "winoground")
     write_class_folders(root / "probe" / "train", [0, 1] * 5 + [1], ["a", "b"])
     write_class_folders(root / "probe" / "test", [0, 1, 1, 0, 0, 0, 1], ["a", "b"])
     write_class_folders(root / "a", [0, 1, 2] * 3, ["n01440764", "n02123045", "n15075141"])
@@ -145,73 +145,11 @@ def write_task_data(root: Path) -> dict[str, str]:
     return {task: f"{named.get(task, '')}{root / path}" for task, path in paths.items()}
 
 
-def _written(root: Path, name: str, images: dict[str, int], rows) -> Path:
-    """Writes images, each `patch` of its number, and a file of rows, which is returned."""
-    for image, index in images.items():
+def write_choices(root: Path, name: str) -> Path:
+    """Writes a set of choices.json in its published layout, image k of it `patch(k)`; returns its file."""
+    images, file, rows = CHOICES[name].values()
+    for index, image in enumerate(images):
         write_image(root / image, index)
-    lines = [json.dumps(row) + "\n" for row in rows] if name.endswith("jsonl") else [json.dumps(rows)]
-    (root / name).write_text("".join(lines))
-    return root / name
-
-
-def sugarcrepe(root: Path, count: int = 7) -> Path:
-    """`add_att.json`; keys are not contiguous, two rows share an image."""
-    files = [f"{i // 2:012d}.jpg" for i in range(count)]
-    rows = [dict(filename=f, caption=f"thing {i}", negative_caption=f"other {i % 4}") for i, f in enumerate(files)]
-    images = {f"val2017/{f}": i // 2 for i, f in enumerate(files)}
-    return _written(root, "add_att.json", images, {str(3 * i): row for i, row in enumerate(rows)})
-
-
-def winoground(root: Path, count: int = 5) -> Path:
-    rows = []
-    for i in range(count):
-        row = {f"image_{j}": f"ex_{i}_img_{j}" for j in (0, 1)} | {f"caption_{j}": f"cap {i} {j}" for j in (0, 1)}
-        rows.append(row | {"id": i, "tag": f"tag {i}", "collapsed_tag": ("Object", "Relation")[i % 2]})
-    images = {f"images/ex_{i}_img_{j}.png": 2 * i + j for i in range(count) for j in (0, 1)}
-    return _written(root, "examples.jsonl", images, rows)
-
-
-def naturalbench(root: Path, count: int = 6) -> Path:
-    rows = []
-    for i in range(count):
-        row = dict(index=i, image_0=f"{i}_0.jpg", image_1=f"{i}_1.jpg")
-        rows.append(row | dict(caption_0=f"natural {i}", caption_1=f"bench {i}"))
-    images = {f"images/{i}_{j}.jpg": 2 * i + j for i in range(count) for j in (0, 1)}
-    return _written(root, "metadata.json", images, rows)
-
-
-def aro(root: Path, kind: str, counts: dict[str, int]) -> Path:
-    """Relations or attributes, `counts` items of each class."""
-    rows = []
-    for i, name in enumerate(name for name, count in counts.items() for _ in range(count)):
-        row = dict(image_path=f"{i % 3}.jpg", bbox_x=2 + i % 5, bbox_y=3, bbox_w=21, bbox_h=17 + i % 3)
-        row |= dict(true_caption=f"true {i}", false_caption=f"false {i}")
-        rows.append(row | ({"relation_name": name} if kind == "relation" else {"attributes": name.split("_")}))
-    images = {f"images/{i}.jpg": i for i in range(min(3, len(rows)))}
-    return _written(root, f"visual_genome_{kind}.json", images, rows)
-
-
-def whatsup(root: Path, kind: str = "images", sets: int = 3) -> Path:
-    words = ["left_of", "right_of"] + (["on", "under"] if kind == "images" else ["in-front_of", "behind"])
-    images, rows = {}, []
-    for i in range(sets):
-        for word in words:
-            name = f"controlled_{kind}/cup{i}_{word}_chair.jpeg"
-            images[name] = len(rows)
-            options = [f"cup {i} {w} a chair" for w in (word, *(w for w in words if w != word))]
-            rows.append(dict(image_path=f"data/{name}", caption_options=options))
-    return _written(root, f"controlled_{kind}_dataset.json", images, rows)
-
-
-def whatsup_qa(root: Path, kind: str, count: int = 5) -> Path:
-    name = "val2017/{:012d}.jpg" if kind.startswith("coco") else "vg_images/{}.jpg"
-    rows = [[i + 30, f"a thing on the left {i}", f"a thing on the right {i}"] for i in range(count)]
-    return _written(root, f"{kind}.json", {name.format(i + 30): i for i in range(count)}, rows)
-
-
-def valse(root: Path, count: int = 8) -> Path:
-    rows = {}
-    for i in range(count):
-        row = dict(dataset="VISUAL7W", image_file=f"v{i}.jpg", caption=f"there are {i}", foil=f"there are no {i}")
-        rows[f"existence_{i}"] = row | dict(mturk={"foil": i % 2, "caption": i % 4, "other": 0})
-    return _written(root, "existence.json", {f"VISUAL7W/v{i}.jpg": i for i in range(count)}, rows)
+    lines = [json.dumps(row) + "\n" for row in rows] if file.endswith("jsonl") else [json.dumps(rows)]
+    (root / file).write_text("".join(lines))
+    return root / file

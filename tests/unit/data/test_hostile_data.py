@@ -206,8 +206,8 @@ BPE = "bpe_simple_vocab_16e6.txt.gz"
 def good(tmp_path_factory):
     folder = tmp_path_factory.mktemp("good")
     eval_data.write_mmvp(folder / "mmvp")
-    eval_data.sugarcrepe(folder / "choice")
-    eval_data.winoground(folder / "pairs")
+    eval_data.write_choices(folder / "choice", "add_att")
+    eval_data.write_choices(folder / "pairs", "winoground")
     files = {"csv/a.jpg": "PNG", "csv/c.csv": {"image": ["./" * i + "a.jpg" for i in range(5)], "caption": ["x"] * 5}}
     files |= {"csv/names.json": {"a": ["b", "c"], "d": ["e"]}, "csv/nshards.txt": "3"}
     for name in ("vocab", "prompt"):

@@ -6,11 +6,10 @@ import os
 import shutil
 from functools import partial
 
-import eval_data as sets
 import numpy as np
 import pytest
 import trees
-from eval_data import FakeModel, evaluated, patch, prepared, unit, write_image, write_mmvp
+from eval_data import FakeModel, evaluated, patch, prepared, unit, write_choices, write_image, write_mmvp
 from helpers import refused
 
 from diva_jax.evals import stats
@@ -60,24 +59,18 @@ def controlled(items):
 
 
 RELATIONS, ATTRIBUTES = {"on": 5, "behind": 3}, {"a_b": 26, "c_d": 9}
-LAYOUTS = {
-    "add_att": (sets.sugarcrepe, accuracy, 7),
-    "existence": (sets.valse, accuracy, 4),
-    "winoground": (sets.winoground, paired, 5),
-    "naturalbench": (sets.naturalbench, paired, 6),
-    "vg_relation": (partial(sets.aro, kind="relation", counts=RELATIONS), partial(by_class, RELATIONS, 1), 8),
-    "vg_attribution": (partial(sets.aro, kind="attribution", counts=ATTRIBUTES), partial(by_class, ATTRIBUTES, 25), 35),
-    "controlled_images": (sets.whatsup, controlled, 12),
-    "controlled_clevr": (partial(sets.whatsup, kind="clevr"), controlled, 12),
-    "coco_qa_one_obj": (partial(sets.whatsup_qa, kind="coco_qa_one_obj"), accuracy, 5),
-    "vg_qa_two_obj": (partial(sets.whatsup_qa, kind="vg_qa_two_obj"), accuracy, 5),
-}
+# Set of choices.json -> (its scores by hand, the number of its items that are used).
+LAYOUTS = {"add_att": (accuracy, 7), "existence": (accuracy, 4), "winoground": (paired, 5), "naturalbench": (paired, 6)}
+LAYOUTS["vg_relation"] = partial(by_class, RELATIONS, 1), 8
+LAYOUTS["vg_attribution"] = partial(by_class, ATTRIBUTES, 25), 35
+LAYOUTS |= dict.fromkeys(("controlled_images", "controlled_clevr"), (controlled, 12))
+LAYOUTS |= dict.fromkeys(("coco_qa_one_obj", "vg_qa_two_obj"), (accuracy, 5))
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_scores_by_hand(tmp_path, name):
-    write, by_hand, count = LAYOUTS[name]
-    task = prepare(write(tmp_path))
+    by_hand, count = LAYOUTS[name]
+    task = prepare(write_choices(tmp_path, name))
     model, found, compared = evaluated(task, Coarse)
     items = tables(task, model, name)
     assert task.count == count == len(items)
@@ -111,7 +104,7 @@ def test_scores_by_hand(tmp_path, name):
 
 def test_several_sets_with_images_elsewhere(tmp_path):
     (tmp_path / "b").mkdir()
-    for file in (sets.sugarcrepe(tmp_path / "a"), sets.valse(tmp_path / "a")):
+    for file in (write_choices(tmp_path / "a", name) for name in ("add_att", "existence")):
         file.rename(tmp_path / "b" / file.name)
     task = prepare(tmp_path / "b", images=str(tmp_path / "a"))
     assert list(task.metrics) == ["add_att_accuracy", "existence_accuracy"] and task.count == 11
@@ -142,7 +135,7 @@ def test_own_set(tmp_path, form):
 
 
 def test_published_counts_are_asserted(tmp_path):
-    sets.sugarcrepe(tmp_path).rename(tmp_path / "mine.json")
+    write_choices(tmp_path, "add_att").rename(tmp_path / "mine.json")
     assert prepare(tmp_path / "mine.json", allow_partial=False, layout="sugarcrepe").count == 7
     assert sum(row.count for row in choice.TABLE.values() if row.layout == "sugarcrepe") == 7511
 

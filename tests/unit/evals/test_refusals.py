@@ -14,6 +14,8 @@ from specs import EVAL_CLIP
 # Task, path of its data, its options, changes of good files, and what the sentence has; "$" is the folder of the files.
 CASES = json.loads(Path(__file__).with_name("refused.json").read_text())
 TARS = {f"tars/test/{i}.tar": {"0.cls": str(i), "0.png": "PNG"} for i in (0, 1)} | {"tars/classnames.txt": "a\nb\n"}
+CHOICES = dict(natural="naturalbench", relation="vg_relation", attribution="vg_attribution", valse="existence")
+CHOICES["whatsup"] = "controlled_images"
 
 
 @pytest.fixture(scope="module")
@@ -21,11 +23,8 @@ def good(tmp_path_factory):
     """Data of every task, and of every layout of choices."""
     root = tmp_path_factory.mktemp("good")
     eval_data.write_task_data(root)
-    eval_data.naturalbench(root / "natural")
-    eval_data.aro(root / "relation", "relation", {"on": 3})
-    eval_data.aro(root / "attribution", "attribution", {"a_b": 3})
-    eval_data.whatsup(root / "whatsup")
-    eval_data.valse(root / "valse")
+    for folder, name in CHOICES.items():
+        eval_data.write_choices(root / folder, name)
     trees.change(root, TARS)
     for task, data in (("zeroshot", "tars"), ("choice", "natural"), ("choice", "relation"), ("choice", "whatsup")):
         opened(task, root / data)
