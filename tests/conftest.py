@@ -51,6 +51,12 @@ def files(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """As `tmp_path`: one folder for all tests of a file."""
+    return tmp_path_factory.mktemp("home")
+
+
 @pytest.fixture
 def bucket():
     """A store of fsspec whose folder memory://bucket is empty."""

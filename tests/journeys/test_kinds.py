@@ -75,18 +75,15 @@ def same(root, backbone) -> dict:
 
 
 @pytest.fixture(scope="module")
-def walked(tmp_path_factory):
+def walked(home):
     """A folder in which every kind was trained, exported and evaluated: three commands each."""
-    root = tmp_path_factory.mktemp("kinds")
-    (root / "mine").mkdir()
-    (root / "mine/rotations.py").write_text(commands.blocks("docs/WRITE_AN_OBJECTIVE.md")[0][1])
-    (root / "kinds.py").write_text(CONFIG)
-    data = write_data(root / "data")
+    trees.change(home, {"mine/rotations.py": commands.blocks("docs/WRITE_AN_OBJECTIVE.md")[0][1], "kinds.py": CONFIG})
+    data = write_data(home / "data")
     for kind, (backbone, (write, spec), fmt) in KINDS.items():
-        write(root / backbone, spec)
-        for command, line in lines(backbone, data[kind], root / "data/folder", fmt):
-            commands.succeed(command, *line, cwd=root)
-    return root
+        write(home / backbone, spec)
+        for command, line in lines(backbone, data[kind], home / "data/folder", fmt):
+            commands.succeed(command, *line, cwd=home)
+    return home
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,4 +1,5 @@
-"""The notebook and the examples of docs/PYTHON.md and README.md run as written and in their order."""
+"""The notebook and the examples of docs/PYTHON.md and README.md run as written and in their order. The page runs where
+the notebook did, and finds the run that both train."""
 
 import json
 import re
@@ -7,7 +8,6 @@ import types
 
 import commands
 import numpy as np
-import pytest
 import torch_setup  # noqa: F401
 from PIL import Image
 from places import ROOT
@@ -18,15 +18,9 @@ from diva_jax.common import log
 README = (ROOT / "README.md").read_text()
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Where the notebook runs, and then the page, which finds the run that both train."""
-    return tmp_path_factory.mktemp("work")
-
-
-def test_the_notebook_loads_encodes_trains_and_shows_the_report(folder, monkeypatch):
+def test_the_notebook_loads_encodes_trains_and_shows_the_report(home, monkeypatch):
     """Jupyter itself is not needed."""
-    monkeypatch.chdir(folder)
+    monkeypatch.chdir(home)
     shown, scope = [], {}
     display = types.ModuleType("IPython.display")
     display.IFrame = lambda *args: shown.append(args)
@@ -43,29 +37,29 @@ def test_the_notebook_loads_encodes_trains_and_shows_the_report(folder, monkeypa
     log.keep_in(None)
     assert scope["images"].shape == (24, 48) and scope["texts"].shape == (2, 48)
     np.testing.assert_allclose(np.linalg.norm(scope["images"], axis=1), 1, atol=1e-5)
-    rows = [json.loads(line) for line in (folder / "runs/tiny/metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (home / "runs/tiny/metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in rows] == [1, 2, 3, 4, 5, 6]
     # The time of the compilation is in none of the rows; a session's clock only goes up.
     assert max(r["images_per_s"] for r in rows) < 20 * min(r["images_per_s"] for r in rows)
     assert sorted(r["seconds"] for r in rows) == [r["seconds"] for r in rows]
     assert 0.1 < scope["results"]["tasks"]["drift"]["comparisons"][0]["scores"]["cosine"]["score"] < 0.9999
     ((page, *_),) = shown
-    html = (folder / page).read_text()
+    html = (home / page).read_text()
     assert "Run tiny: " in html and "Evaluation: " in html and "<h2>Drift</h2>" in html and "<h2>Training</h2>" in html
 
 
-def test_the_examples_of_docs_python(folder, monkeypatch):
-    monkeypatch.chdir(folder)
+def test_the_examples_of_docs_python(home, monkeypatch):
+    monkeypatch.chdir(home)
     (language, command), *python = commands.blocks("docs/PYTHON.md")
     assert language == "" and [kind for kind, _ in python] == ["python"] * 5
-    commands.shell(command, folder)
+    commands.shell(command, home)
     scope = {}
     for _, code in python:
         exec(code, scope)  # noqa: S102
     log.keep_in(None)
     assert scope["cosines"].shape == (1, 2) and scope["batch"]["image"].shape == (8, 64, 64, 3)
     assert np.isfinite(scope["found"].loss) and set(scope["found"].gradients) == set(scope["loss"].params)
-    card = (folder / "runs/tuned/README.md").read_text()
+    card = (home / "runs/tuned/README.md").read_text()
     assert "## Scores" in card and "license: mit" in card and "local-dir:runs/tuned" in card
     # A run is loaded with what it has trained.
     image = "data/tiny/images/astronaut/0000.jpg"

@@ -1,4 +1,5 @@
-"""From weights to a tuned encoder in somebody else's code: train, evaluate, report, export, load, encode."""
+"""From weights to a tuned encoder in somebody else's code: train, evaluate, report, export, load, encode. Commands run
+in one folder, `home`, with relative paths, as in the README."""
 
 import csv
 import json
@@ -40,12 +41,6 @@ name = "local-dir:{kept}"
 clip, _, preprocess = open_clip.create_model_and_transforms(name)
 tokenizer = open_clip.get_tokenizer(name)
 """
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    """The folder in which a user works; commands run there, with relative paths, as in the README."""
-    return tmp_path_factory.mktemp("home")
 
 
 def evaluate(home, data: dict[str, str], weights, out: str) -> str:

@@ -14,11 +14,10 @@ FEW = " --config.steps=2 --config.batch_size=8"
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("mine")
+def folder(home):
     module, config = (code for language, code in commands.blocks(PAGE)[:2])
-    trees.change(folder, {"mine/rotations.py": module, "rotations.py": config})
-    return folder
+    trees.change(home, {"mine/rotations.py": module, "rotations.py": config})
+    return home
 
 
 def test_the_page_runs_as_it_stands(folder, monkeypatch):

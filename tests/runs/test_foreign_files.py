@@ -32,23 +32,22 @@ pytestmark = pytest.mark.attack
 
 
 @pytest.fixture(scope="module")
-def good(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("good")
-    tasks = {"mmvp": samples.mmvp_task(samples.write_images(folder, 2)), "drift": samples.drift_task()}
+def good(home):
+    tasks = {"mmvp": samples.mmvp_task(samples.write_images(home, 2)), "drift": samples.drift_task()}
     tasks |= {"feedback": samples.task("feedback"), "zeroshot": samples.task("zeroshot")}
     tasks["pairs"] = samples.pairs_task([0.5, 2.0], [-1.0, 1.0])
     for task, rows in (("mmvp", "patterns"), ("feedback", "timesteps")):
         for found in tasks[task]["weights"].values():
             del found[rows][2:]
-    samples.write_run(folder, rows=6)
-    samples.write_evaluation(folder, [], "w", **tasks)
-    trees.change(folder, json.loads(Path(__file__).with_name("foreign.json").read_text()))
+    samples.write_run(home, rows=6)
+    samples.write_evaluation(home, [], "w", **tasks)
+    trees.change(home, json.loads(Path(__file__).with_name("foreign.json").read_text()))
     state = {"params": {"a": np.ones(3, np.float32)}, "step": np.int32(3)}
-    with checkpoint.Checkpoints(folder) as checkpoints:
+    with checkpoint.Checkpoints(home) as checkpoints:
         checkpoints.save(3, jax.tree.map(jax.numpy.asarray, state), {"batches": 3}, {"config": {"steps": 9}}, wait=True)
-    write_shards(folder / "shards", 3, 3)
-    sources.open_source(str(folder / "shards"), str(folder / "shards"))
-    return folder
+    write_shards(home / "shards", 3, 3)
+    sources.open_source(str(home / "shards"), str(home / "shards"))
+    return home
 
 
 def show(folder):

@@ -21,13 +21,12 @@ SHOWN = {
 
 
 @pytest.fixture(scope="module")
-def ended(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("empty")
+def ended(home):
     files = dict.fromkeys(("a.zip", "a.tar.gz", "photo.jpg"), "nothing") | {"t.csv": {"a": [1], "b": [2]}}
-    trees.change(folder, files | {"broken.py": "def get_config():\n    return 1 + 'a'\n"})
+    trees.change(home, files | {"broken.py": "def get_config():\n    return 1 + 'a'\n"})
     cases = {name: arguments for name, (arguments, _) in (REFUSED | SHOWN).items()}
-    found = [commands.run("main", *arguments, cwd=folder) for arguments in cases.values()]
-    assert {p.name for p in folder.iterdir()} == {*files, "broken.py"}
+    found = [commands.run("main", *arguments, cwd=home) for arguments in cases.values()]
+    assert {p.name for p in home.iterdir()} == {*files, "broken.py"}
     return dict(zip(cases, found, strict=True))
 
 

@@ -21,19 +21,18 @@ BUDGET = arms.Budget(24, 8, 8)
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
+def world(home):
     """The folder of a whole pretraining with tiny models, which stand for the kept ones."""
-    out = tmp_path_factory.mktemp("world")
     patch = pytest.MonkeyPatch()
     text = dataclasses.replace(models.SPEC.text, width=24, heads=2, layers=1, mlp_dim=24)
-    source = str(out / "weights" / models.CLIP)
+    source = str(home / "weights" / models.CLIP)
     tiny = dict(width=24, heads=2, layers=1, mlp_dim=24, embed_dim=12, patch_size=8, text=text, source=source)
     patch.setattr(models, "SPEC", dataclasses.replace(models.SPEC, **tiny))
     unet, words = models.DIFFUSION["unet"] | SMALL, models.DIFFUSION["text_encoder"] | TEXT
     by_class = unet | dict(class_embed_type="projection", projection_class_embeddings_input_dim=24)
     patch.setattr(models, "DIFFUSION", models.DIFFUSION | dict(unet=unet, text_encoder=words))
     patch.setattr(models, "UNCLIP_DIFFUSION", models.DIFFUSION | dict(unet=by_class))
-    patch.setattr(models, "WEIGHTS", out / "weights")
+    patch.setattr(models, "WEIGHTS", home / "weights")
     sizes = {blindness: {"_ITERATIONS": 2, "_PROBE_TRAIN": 60, "_PROBE_TEST": 40, "_BATCH": 64}}
     sizes |= {knowledge: {"_BATCH": 8}, why: {"GROUPS": 4, "IMAGES": 4, "COUNT": 4}}
     for module, values in sizes.items():
@@ -42,10 +41,10 @@ def world(tmp_path_factory):
     # One stage of each kind; the others are stood for by weights that were not trained.
     kept = (models.CLIP, models.GENERATOR, models.PROJECTION)
     patch.setattr(pretrain, "STAGES", {n: pretrain.STAGES[n] for n in kept})
-    models.write_new_diffusion(out / "weights" / models.UNCLIP, models.UNCLIP_DIFFUSION)
-    models.write_new_clip(out / "weights" / models.TEACHER)
-    pretrain.pretrain(out, 0.0)
-    yield out
+    models.write_new_diffusion(home / "weights" / models.UNCLIP, models.UNCLIP_DIFFUSION)
+    models.write_new_clip(home / "weights" / models.TEACHER)
+    pretrain.pretrain(home, 0.0)
+    yield home
     patch.undo()
 
 

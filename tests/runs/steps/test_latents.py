@@ -30,11 +30,10 @@ def run_config(files, cache="", **fields):
 
 
 @pytest.fixture(scope="module")
-def cache(files, tmp_path_factory):
+def cache(files, home):
     """Two crops of each of the 24 photographs, in shards of five."""
-    folder = tmp_path_factory.mktemp("latents")
-    cache_builder.Builder(run_config(files), str(folder), CROPS, per_shard=5, batch=1).run()
-    return folder
+    cache_builder.Builder(run_config(files), str(home), CROPS, per_shard=5, batch=1).run()
+    return home
 
 
 def hashes(folder) -> dict[str, str]:

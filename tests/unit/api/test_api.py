@@ -20,11 +20,10 @@ COUNT = 5
 
 
 @pytest.fixture(scope="module")
-def clip(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("clip")
-    demo.write_clip(folder, EVAL_CLIP)
-    demo.write_byte_tokenizer(folder)
-    return folder
+def clip(home):
+    demo.write_clip(home, EVAL_CLIP)
+    demo.write_byte_tokenizer(home)
+    return home
 
 
 @pytest.fixture(scope="module")

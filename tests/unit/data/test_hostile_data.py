@@ -203,24 +203,22 @@ BPE = "bpe_simple_vocab_16e6.txt.gz"
 
 
 @pytest.fixture(scope="module")
-def good(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("good")
-    eval_data.write_mmvp(folder / "mmvp")
-    eval_data.write_choices(folder / "choice", "add_att")
-    eval_data.write_choices(folder / "pairs", "winoground")
+def good(home):
+    eval_data.write_mmvp(home / "mmvp")
+    eval_data.write_choices(home / "choice", "add_att")
+    eval_data.write_choices(home / "pairs", "winoground")
     files = {"csv/a.jpg": "PNG", "csv/c.csv": {"image": ["./" * i + "a.jpg" for i in range(5)], "caption": ["x"] * 5}}
     files |= {"csv/names.json": {"a": ["b", "c"], "d": ["e"]}, "csv/nshards.txt": "3"}
     for name in ("vocab", "prompt"):
-        (folder / name).mkdir()
-        demo.write_byte_tokenizer(folder / name)
+        demo.write_byte_tokenizer(home / name)
         files[f"{name}/merges.txt"] = "#version: 0.2\n"
-    vocab = json.loads((folder / "vocab/vocab.json").read_text())
+    vocab = json.loads((home / "vocab/vocab.json").read_text())
     words = {token: i for token, i in vocab.items() if i < 512}
     added = [{"id": i, "content": token} for token, i in vocab.items() if i >= 512]
     files["tok/tokenizer.json"] = {"added_tokens": added, "model": {"type": "BPE", "vocab": words, "merges": []}}
     files |= {"prompt/tokenizer_config.json": CONFIG, f"bpe/{BPE}": gzip.compress(b"#version\na b\nc d</w>")}
-    trees.change(folder, files)
-    return folder
+    trees.change(home, files)
+    return home
 
 
 def questions(path):

@@ -22,10 +22,9 @@ COUNT = 14
 
 
 @pytest.fixture(scope="module")
-def captioned(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("captioned")
-    write_shards(folder, COUNT, 7, caption=f"{{}}. of {COUNT}. end")
-    return folder
+def captioned(home):
+    write_shards(home, COUNT, 7, caption=f"{{}}. of {COUNT}. end")
+    return home
 
 
 @dataclasses.dataclass

@@ -21,11 +21,10 @@ from diva_jax.data.sources import Record, open_source
 
 
 @pytest.fixture(scope="module")
-def tagged(tmp_path_factory):
+def tagged(home):
     """24 images that encode their numbers, in three shards."""
-    folder = tmp_path_factory.mktemp("tagged")
-    write_shards(folder, 24, 10)
-    return folder
+    write_shards(home, 24, 10)
+    return home
 
 
 def images(iterator, count):

@@ -19,16 +19,15 @@ CHOICES["whatsup"] = "controlled_images"
 
 
 @pytest.fixture(scope="module")
-def good(tmp_path_factory):
+def good(home):
     """Data of every task, and of every layout of choices."""
-    root = tmp_path_factory.mktemp("good")
-    eval_data.write_task_data(root)
+    eval_data.write_task_data(home)
     for folder, name in CHOICES.items():
-        eval_data.write_choices(root / folder, name)
-    trees.change(root, TARS)
+        eval_data.write_choices(home / folder, name)
+    trees.change(home, TARS)
     for task, data in (("zeroshot", "tars"), ("choice", "natural"), ("choice", "relation"), ("choice", "whatsup")):
-        opened(task, root / data)
-    return root
+        opened(task, home / data)
+    return home
 
 
 def opened(task, path, **options):

@@ -27,11 +27,10 @@ PROVENANCE = dict(workdir="runs/a", step=40, config=CONFIG, sources=SOURCES, bas
 
 
 @pytest.fixture(scope="module")
-def clip(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("clip")
-    demo.write_clip(folder, EVAL_CLIP)
-    demo.write_byte_tokenizer(folder)
-    return origins.open_source(str(folder))
+def clip(home):
+    demo.write_clip(home, EVAL_CLIP)
+    demo.write_byte_tokenizer(home)
+    return origins.open_source(str(home))
 
 
 def write_results(folder, source="runs/a"):
