@@ -53,31 +53,25 @@ def _run(module: str, arguments, folders, environment, outputs) -> None:
         atexit._run_exitfuncs()
 
 
-class Command:
-    """A command in a fork; attributes and methods are those of `subprocess.Popen`."""
+class Command(_forks.Process):
+    """A command in a fork; attributes and methods are also those of `subprocess.Popen`."""
 
     def __init__(self, module, *args, path=(), cwd=ROOT, **env):
-        self.args = (str(module), *map(str, args))
-        self._files = [tempfile.NamedTemporaryFile("r+") for _ in range(2)]
-        folders = [str(folder) for folder in (cwd, *path)]
-        given = (self.args[0], self.args[1:], folders, _environment(path, env), [f.name for f in self._files])
-        self._process = _forks.Process(target=_run, args=given)
-        self._process.start()
-        self.pid, self.kill, self.terminate = self._process.pid, self._process.kill, self._process.terminate
-        self.stdout, self.stderr = self._lines(), self._files[1]
-
-    @property
-    def returncode(self) -> int | None:
-        return self._process.exitcode
+        line, folders = (str(module), *map(str, args)), [str(folder) for folder in (cwd, *path)]
+        files = [tempfile.NamedTemporaryFile("r+") for _ in range(2)]
+        given = (line[0], line[1:], folders, _environment(path, env), [file.name for file in files])
+        super().__init__(target=_run, args=given)
+        self.start()  # With what the fork gets; it cannot get the open files.
+        self.args, self._files, self.stdout, self.stderr = line, files, self._lines(), files[1]
 
     def poll(self) -> int | None:
-        return self.returncode
+        return self.exitcode
 
     def wait(self, timeout: float | None = None) -> int:
-        self._process.join(timeout)
-        if self.returncode is None:
+        self.join(timeout)
+        if self.exitcode is None:
             raise subprocess.TimeoutExpired(self.args, timeout)
-        return self.returncode
+        return self.exitcode
 
     def send_signal(self, number: int) -> None:
         os.kill(self.pid, number)
@@ -127,7 +121,7 @@ def kill_all() -> None:
 def finish(process, seconds: float = 400) -> tuple[int, str, str]:
     """Waits until a process ends: (exit code, the rest of stdout, stderr); after `seconds` it raises TimeoutExpired."""
     out, err = process.communicate(timeout=seconds)
-    return process.returncode, out, err
+    return process.wait(), out, err
 
 
 def run(module: str, *args, **kw) -> tuple[int, str, str]:
