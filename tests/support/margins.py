@@ -21,7 +21,7 @@ _NAMES = ("XLA_FLAGS", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "OPENBLAS_CO
 _LIMITS = {"default": (), "AVX2": ("--xla_cpu_max_isa=AVX2", "avx2", "AVX2", "Haswell")}
 _LIMITS["SSE4.2"] = ("--xla_cpu_max_isa=SSE4_2", "default", "SSE41", "Nehalem")
 SETTINGS = {name: dict(zip(_NAMES, limits, strict=False)) for name, limits in _LIMITS.items()}
-_COMPARISONS = re.compile(r"\b(assert_allclose|approx|(?<!\.)close|within|compare_steps)\(")
+_COMPARISONS = re.compile(r"\b(assert_allclose|assert_trees_all_close|approx|(?<!\.)close|within|compare_steps)\(")
 LARGEST_RATIO = 1 / 3
 _FILE = os.environ.get("MARGINS", "")
 

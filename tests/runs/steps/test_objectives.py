@@ -69,8 +69,7 @@ def test_a_step_changes_what_it_trains_alone_on_any_devices(name):
     ends = [path[-1] for path, _ in jax.tree_util.tree_leaves_with_path(after["opt"])]
     assert {end.key for end in ends if isinstance(end, jax.tree_util.DictKey)} == set(p.trained)
     shared = small.train(config_of(name, fields | more), 3, 8, arrays)
-    for metric, values in alone.metrics.items():
-        np.testing.assert_allclose(shared.metrics[metric], values, rtol=3e-5, err_msg=metric)
+    chex.assert_trees_all_close(shared.metrics, alone.metrics, rtol=3e-5)
     p = shared.program
     if p.config.mesh.fsdp > 1:
         assert any("fsdp" in p.arrays[n].sharding.spec for n in p.trained)

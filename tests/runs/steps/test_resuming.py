@@ -2,6 +2,7 @@
 
 import importlib
 
+import chex
 import jax
 import numpy as np
 import small
@@ -66,11 +67,9 @@ def test_average_is_the_recursion_across_stages(monkeypatch):
     for i, state in enumerate(states):
         if i:
             want = {n: 0.75 * a + 0.25 * state["params"][n] for n, a in want.items()}
-        for name, array in state["ema"].items():
-            np.testing.assert_allclose(array, want[name], rtol=1e-5, atol=1e-6, err_msg=name)
-    for name, array in states[2]["ema"].items():
-        if name.startswith("vision/"):
-            np.testing.assert_array_equal(array, states[0]["params"][name], err_msg=name)
+        chex.assert_trees_all_close(state["ema"], want, rtol=1e-5, atol=1e-6)
+    towers = ({n: a for n, a in of.items() if n.startswith("vision/")} for of in (states[2]["ema"], params[0]))
+    chex.assert_trees_all_equal(*towers)
 
 
 def saved(run, step: int, change: float) -> dict:
@@ -97,13 +96,12 @@ def test_a_second_run_starts_from_the_first_and_resumes(files, tmp_path, capsys)
     taken = [n for n in before if n.startswith("head/")]
     said = f"{len(taken)} of {len(after)} parameters are those of --init_from={tmp_path}/one, step 3"
     assert said in capsys.readouterr().out
-    for name in after:
-        np.testing.assert_array_equal(after[name], before[name] + 0.5 * (name in taken), err_msg=name)
+    chex.assert_trees_all_equal(after, {n: a + 0.5 * (n in taken) for n, a in before.items()})
     # Resuming: what is frozen comes from the first run again, whatever --init_from says.
     resumed = Run(second, tmp_path / "two", "nowhere")
     resumed.load()
-    for name, array in (resumed.frozen | resumed.state["params"]).items():
-        np.testing.assert_array_equal(array, after[name] + 0.25 * (name not in taken), err_msg=name)
+    again = resumed.frozen | resumed.state["params"]
+    chex.assert_trees_all_equal(again, {n: a + 0.25 * (n not in taken) for n, a in after.items()})
     assert resumed.inherited["step"] == 3 and resumed.inherited["frozen"] == sorted(taken)
     resumed.batches.close()
     assert set(workdirs.RunAt.open(tmp_path / "two").towers()) == {"vision"}
