@@ -8,6 +8,7 @@ except the motorcycle pair (Middlebury 2014 stereo data, see scikit-image).
 
 import importlib.util
 import io
+import itertools
 import json
 import tarfile
 from collections.abc import Iterator
@@ -22,9 +23,13 @@ from PIL import Image
 from diva_jax.common import cli, paths
 from diva_jax.common.errors import UserError
 from diva_jax.data import tokenizers
+from diva_jax.models import backbones
 from diva_jax.models.backbones import TINY, Spec
+from diva_jax.models.backbones.shared.open_clip_config import to_open_clip
+from diva_jax.models.backbones.shared.transformer import Text
 from diva_jax.models.diffusion import presets
 from diva_jax.models.layers import Keys
+from diva_jax.weights import formats, names, parts
 
 _OUT = flags.DEFINE_string("out", None, "The folder to write.")
 
@@ -55,10 +60,8 @@ def examples(count: int = 96, seed: int = 0) -> Iterator[tuple[str, str, bytes]]
     folder = Path(spec.origin).parent / "data" if spec else Path()
     if not all((folder / name).exists() for name in PHOTOGRAPHS):
         raise UserError("the demo's photographs come with scikit-image, which is missing: pip install -e '.[demo]'")
-    names = list(PHOTOGRAPHS)
-    images = {name: Image.open(folder / name).convert("RGB") for name in names}
-    for i in range(count):
-        name = names[i % len(names)]
+    images = {name: Image.open(folder / name).convert("RGB") for name in PHOTOGRAPHS}
+    for i, name in zip(range(count), itertools.cycle(PHOTOGRAPHS), strict=False):
         jpeg = io.BytesIO()
         _region(images[name], np.random.default_rng((seed, i))).save(jpeg, "JPEG", quality=_JPEG_QUALITY)
         yield name, PHOTOGRAPHS[name], jpeg.getvalue()
@@ -88,11 +91,6 @@ def pack_photos(out_dir: str | Path, count: int = 96, per_shard: int = 32) -> li
 
 def write_clip(folder: Path, spec: Spec, seed: int = 0) -> None:
     """Writes an open_clip folder with random weights: both towers and logit_scale."""
-    from diva_jax.models import backbones
-    from diva_jax.models.backbones.shared.open_clip_config import to_open_clip
-    from diva_jax.models.backbones.shared.transformer import Text
-    from diva_jax.weights import formats, names
-
     vision = backbones.build(spec, rngs=Keys(seed))
     text = Text(spec, rngs=Keys(seed + 1))
     tensors = names.to_torch(nnx.state(vision), names.table("vision", spec))
@@ -110,28 +108,16 @@ def write_byte_tokenizer(folder: Path) -> None:
     (folder / "merges.txt").write_text("#version: 0.2\n")
 
 
-def write_stable_diffusion(folder: Path, config: dict, seed: int = 0) -> None:
+def write_stable_diffusion(folder: Path, config: dict) -> None:
     """Writes a diffusers folder of a result of `presets.preset` with random weights; of the VAE, only the encoder."""
-    from diva_jax.models.diffusion.text_encoder import TextEncoder, TextEncoderConfig
-    from diva_jax.models.diffusion.unet import UNet, UNetConfig
-    from diva_jax.models.diffusion.vae import VAE, VAEConfig
-    from diva_jax.weights import formats, names
-
-    rngs, weights = Keys(seed), "diffusion_pytorch_model.safetensors"
-    unet = UNet(UNetConfig.from_dict(config["unet"]), rngs=rngs)
-    vae = VAE(VAEConfig.from_dict(config["vae"]), rngs=rngs)
-    text = TextEncoder(TextEncoderConfig.from_dict(config["text_encoder"]), rngs=rngs)
-    models = {
-        "unet": (unet, names.UNET, weights),
-        "vae": (vae, names.VAE, weights),
-        "text_encoder": (text, names.TEXT_ENCODER, "model.safetensors"),
-    }
+    rngs = Keys()
     for name, content in json.loads(Path(__file__).with_suffix(".json").read_text("utf-8")).items():
         path, part = folder / name, name.partition("/")[0]
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(content | config.get(part, {}), indent=1))
-    for part, (model, table, file) in models.items():
-        formats.write_safetensors(folder / part / file, names.to_torch(nnx.state(model), table))
+    for kind, (part, model, table, (stem, *_)) in parts.STABLE_DIFFUSION.items():
+        tensors = names.to_torch(nnx.state(model(kind.from_dict(config[part]), rngs=rngs)), table)
+        formats.write_safetensors(folder / part / f"{stem}.safetensors", tensors)
     write_byte_tokenizer(folder / "tokenizer")
 
 
@@ -152,7 +138,7 @@ def main() -> None:
     if not _OUT.value:
         raise UserError("--out is missing: give a folder, e.g. --out=data/tiny")
     jax.config.update("jax_platforms", "cpu")
-    write_all(Path(_OUT.value))
+    write_all(paths.local(_OUT.value, "--out"))
     print(
         "Wrote photos (tar shards), images (files), clip (open_clip folder) and stable-diffusion (diffusers folder) to "
         f"{_OUT.value}."

@@ -24,10 +24,9 @@ from diva_jax.weights import formats, names, origins
 from diva_jax.weights.formats import Tensor, Tensors
 
 # Config class -> (folder in a diffusers pipeline, model, names, stems of the weights' file).
-_SD = {
+STABLE_DIFFUSION = {
     UNetConfig: ("unet", UNet, names.UNET, ("diffusion_pytorch_model",)),
     VAEConfig: ("vae", VAE, names.VAE, ("diffusion_pytorch_model",)),
-    FluxVAEConfig: ("vae", VAE, names.VAE, ("diffusion_pytorch_model",)),
     TextEncoderConfig: ("text_encoder", TextEncoder, names.TEXT_ENCODER, ("model", "pytorch_model")),
 }
 # Texts that are encoded at once, a quarter of a gigabyte of activations in Stable Diffusion 2.1's text encoder.
@@ -58,10 +57,10 @@ def _alone(name: str) -> Table:
 
 
 def _part(config):
-    """The row of `_SD`; any other class is a `presets.LatentCode` in place of the VAE."""
-    if (row := _SD.get(type(config))) is not None:
-        return row
-    return "vae", type(config).build, Table("latent code"), ("diffusion_pytorch_model",)
+    """The row of `STABLE_DIFFUSION`, for FLUX's VAE too; any other class is a `presets.LatentCode` in place of it."""
+    kind = VAEConfig if isinstance(config, FluxVAEConfig) else type(config)
+    row = STABLE_DIFFUSION.get(kind)
+    return row or ("vae", kind.build, Table("latent code"), ("diffusion_pytorch_model",))
 
 
 def open_tower(tower: str, source: origins.ClipSource, spec: Spec, field: str = "config.backbone") -> Opened:
