@@ -135,11 +135,16 @@ def default(others: Iterable[str] = ()) -> ConfigDict:
     return out
 
 
-def entries(data: Iterable[str]) -> dict[str, str]:
-    """Task -> path, from the TASK=PATH texts of `config.eval.data`; a UserError for others."""
-    if wrong := [entry for entry in data if not all(entry.partition("="))]:
-        raise UserError(f"config.eval.data has {wrong[0]!r}, which is not TASK=PATH: write e.g. 'mmvp=data/MMVP_VLM'")
-    return dict(entry.split("=", 1) for entry in data)
+def entries(given: Iterable[str], field: str) -> dict[str, str]:
+    """Task -> path, from the texts TASK=PATH of `field`; a UserError for others, and where a task has two paths."""
+    out: dict[str, str] = {}
+    for entry in given:
+        task, _, path = entry.partition("=")
+        if not task or not path:
+            raise UserError(f"{field} has {entry!r}, which is not TASK=PATH: write e.g. 'mmvp=data/MMVP_VLM'")
+        if (first := out.setdefault(task, path)) != path:
+            raise UserError(f"{field} has two paths for the task {task}, {first} and {path}: give one")
+    return out
 
 
 def parse(section: ConfigDict, wanted: Iterable[str] = ()) -> tuple[Settings, dict[str, ConfigDict]]:
@@ -149,7 +154,8 @@ def parse(section: ConfigDict, wanted: Iterable[str] = ()) -> tuple[Settings, di
     package may have no section; its defaults apply then. A UserError for an unknown task or field, a value that its
     owner's rules refuse, or two tasks of one short name."""
     given, wanted = section.to_dict(), list(wanted)
-    others = [name for name in dict.fromkeys([*wanted, *entries(given["data"])]) if name not in names()]
+    named = [*wanted, *entries(given["data"], "config.eval.data")]
+    others = [name for name in dict.fromkeys(named) if name not in names()]
     modules = {name: find(name) for name in (*names(), *others)}
     shared = [f.name for f in dataclasses.fields(Settings)]
     taken = [*shared, *map(short, modules)]

@@ -11,7 +11,7 @@ import numpy as np
 
 from diva_jax import evals
 from diva_jax.common import paths
-from diva_jax.common.errors import UserError, listing
+from diva_jax.common.errors import UserError
 from diva_jax.data import tokenizers
 from diva_jax.evals import Outcome, encode, results, seeds
 from diva_jax.evals.encode import Encoder, Model, Towers
@@ -26,17 +26,12 @@ def data_of(tasks: list[str], given: list[str]) -> dict[str, str]:
         raise UserError("--task is missing: give one or more, e.g. --task=mmvp,zeroshot")
     if len(tasks) == 1 and len(given) == 1 and not given[0].startswith(f"{tasks[0]}="):
         return {tasks[0]: given[0]}
-    paths = dict(item.split("=", 1) for item in given if "=" in item)
-    if strange := [item for item in given if item.split("=", 1)[0] not in tasks]:
-        raise UserError(f"--data={strange[0]} belongs to no task: write --data=TASK=PATH, TASK one of {listing(tasks)}")
-    if missing := [t for t in tasks if not paths.get(t)]:
+    paths = evals.entries(given, "--data")
+    if strange := [t for t in paths if t not in tasks]:
+        raise UserError(f"--data={strange[0]}=... belongs to no task: give it to --task too, or remove it")
+    if missing := [t for t in tasks if t not in paths]:
         raise UserError(f"the task {missing[0]} has no data: give --data={missing[0]}=PATH")
     return {t: paths[t] for t in tasks}
-
-
-def in_training(config, mesh) -> "Evaluator | None":
-    """The evaluator for `config.eval.data`; None if `config.eval.every` is 0."""
-    return Evaluator(config, mesh, evals.entries(config.eval.data)) if config.eval.every else None
 
 
 def labels_of(sources: Sequence[str], steps: Sequence[int | None]) -> list[str]:

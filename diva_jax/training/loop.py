@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from diva_jax import config as configs
+from diva_jax import config as configs, evals
 from diva_jax.common import paths
 from diva_jax.common.errors import RunError, UserError
 from diva_jax.common.log import say
@@ -85,7 +85,10 @@ class Run:
         self.steps_before = workdirs.check_config(self.workdir, config)
         self.lock: lock.Lock | None = None
         self.stopped_by: signal.Signals | None = None
-        self.evaluator = None if self.finished else evaluator.in_training(config, self.mesh)
+        self.evaluator = None
+        if config.eval.every and not self.finished:
+            data = evals.entries(config.eval.data, "config.eval.data")
+            self.evaluator = evaluator.Evaluator(config, self.mesh, data)
         distributed.check_same(
             {
                 "the number of images in config.data.path": self.batches.get_state()["records"],

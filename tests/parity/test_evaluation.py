@@ -268,9 +268,9 @@ def test_data_and_labels():
     for tasks, given, says in (
         ([], ["x"], "--task is missing"),
         (["mmvp", "drift"], ["mmvp=x"], "the task drift has no data"),
-        (["mmvp", "drift"], ["mmvp=x", "y"], "--data=y belongs to no task"),
-        (["mmvp", "drift"], ["mmvp=x", "drift=y", "zeroshot=z"], "--data=zeroshot=z belongs to no task"),
-        (["mmvp"], ["mmvp="], "the task mmvp has no data"),
+        (["mmvp", "drift"], ["mmvp=x", "y"], "--data has 'y', which is not TASK=PATH"),
+        (["mmvp", "drift"], ["mmvp=x", "drift=y", "zeroshot=z"], "--data=zeroshot=... belongs to no task"),
+        (["mmvp", "drift"], ["mmvp=x", "drift=y", "drift=z"], "--data has two paths for the task drift, y and z"),
     ):
         refused(says, evaluator.data_of, tasks, given)
 

@@ -149,16 +149,15 @@ TASKS = ["choice", "drift", "feedback", "judge", "mmvp", "probe", "retrieval", "
 def test_defaults_bad_values_and_unknown_fields():
     c = config.default().eval.to_dict()
     assert set(c) == {f.name for f in dataclasses.fields(Settings)} | set(TASKS) - {"retrieval"}
-    assert evals.names() == TASKS
-    settings, own = evals.parse(evals.default(), TASKS)
+    settings, own = evals.parse(evals.default(), evals.names())
     assert settings == Settings() and list(own) == TASKS
     assert own["feedback"].to_dict() == c["feedback"] and not own["retrieval"]
     both = "set both, every to at least 1 and data to texts TASK=PATH, or neither"
     cases = [
         (dict(dtype="float16"), "config.eval.dtype='float16' must be float32 or bfloat16"),
         (dict(every=-1, data=("drift=x",)), "config.eval.every=-1 must be at least 0"),
-        (dict(every=3), both),
-        (dict(data=("drift=x",)), both),
+        *((changes, both) for changes in (dict(every=3), dict(data=("drift=x",)))),
+        (dict(every=3, data=("drift=a", "drift=b")), "config.eval.data has two paths for the task drift, a and b"),
     ]
     cases += [(dict(every=3, data=(e,)), f"has '{e}', which is not TASK=PATH") for e in ("drift", "drift=", "=x")]
     cases += [(dict(every=3, data=(f"{n}=x",)), f"the task {n} is not known: use choice,.*") for n in ("stats", "none")]
@@ -184,7 +183,7 @@ def test_a_task_from_outside_the_package(tmp_path, monkeypatch):
         c.eval.length = evals.find(outside).default()
     c.eval.length.scale = 3.0
     config.validate(c, 1)
-    run = evaluator.in_training(c, mesh)
+    run = evaluator.Evaluator(c, mesh, evals.entries(c.eval.data, ""))
     assert run.options["length"] == {"scale": 3.0} and "every" not in run.options and "mmvp" not in run.options
     outcomes = run.evaluate(run.model("x", encode.Encoder({}, None, "", {}, "")))
     tasks, rows = run.report([("x", outcomes), ("y", outcomes)])
@@ -287,7 +286,7 @@ def test_published_readouts(tag):
 
 def test_unknown_readouts_are_refused():
     mesh = partition.make_mesh(config.default(CLIP).mesh)
-    for text in ("mean", "cls + mean(random)", "cls+mean(all)", "l2(cls) + mean(some 3)", ""):
+    for text in ("mean", "cls + mean(random)", "cls+mean(all)", "l2(cls) + mean(some 3)", "cls + mean(random 0)", ""):
         with pytest.raises(UserError, match="backbone.readout=.* cannot be read"):
             encode.Towers(dataclasses.replace(CLIP, readout=text), mesh, Settings())
 
