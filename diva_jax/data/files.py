@@ -67,9 +67,10 @@ def no_path(cell: str, allow_urls: bool = True) -> str:
 def expand(pattern: str) -> list[str]:
     """Expands braces as a shell does: `{000..012}` with its leading zeros, and `{a,b}`. A UserError for more than a
     million names, or braces that are not balanced."""
-    with explained(f"the pattern {pattern[:300]!r} cannot be expanded", "correct its braces", ValueError):
+    problem = f"the pattern {pattern[:300]!r} cannot be expanded"
+    with explained(problem, "correct its braces", ValueError, RecursionError):
         # The ranges are counted first, because the library keeps all numbers of a range in memory.
-        ranges = re.findall(r"\{(\d+)\.\.(\d+)(?:\.\.\d+)?\}", pattern)
+        ranges = re.findall(r"\{(-?\d+)\.\.(-?\d+)(?:\.\.-?\d+)?\}", pattern)
         if math.prod(abs(int(last) - int(first)) + 1 for first, last in ranges) <= _MAX_EXPANDED:
             names = list(itertools.islice(braceexpand.braceexpand(pattern, escape=False), _MAX_EXPANDED + 1))
             if len(names) <= _MAX_EXPANDED:

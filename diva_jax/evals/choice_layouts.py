@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from diva_jax.common import json_files
 from diva_jax.common.errors import UserError, brief
 from diva_jax.data import files
+from diva_jax.data.images import MAX_PIXELS
 
 # VALSE's annotators who chose the caption and not the foil, of three.
 _MIN_VOTES = 2
@@ -94,8 +95,9 @@ def _aro(row: _Row) -> Item:
     Genome, the image cropped to the box; the class is `relation_name`, or the two `attributes` joined."""
     name = row.field("image_path")
     x, y, w, h = (row.field(f"bbox_{k}", (int, float)) for k in "xywh")
-    if w <= 0 or h <= 0:
-        raise UserError(f"{row.where}: the box has no area ({w} x {h}): correct bbox_w and bbox_h")
+    if not all(abs(v) <= MAX_PIXELS for v in (x, y, w, h)) or not (w >= 1 and h >= 1 and w * h <= MAX_PIXELS):
+        raise UserError(f"{row.where}: the box {brief((x, y, w, h))} is no part of an image: correct its bbox_ fields")
+    x, y, w, h = map(round, (x, y, w, h))
     image = row.image(f"images/{name}", name, box=(x, y, x + w, y + h))
     captions = row.texts("true_caption", "false_caption")
     if "relation_name" in row.value:

@@ -27,7 +27,7 @@ from diva_jax.training import partition, workdirs
 from diva_jax.weights import names, origins, parts
 
 READER_THREADS = 16
-_WHICH = r"all|random \d+"
+_WHICH = r"all|random [1-9]\d{0,4}"
 _READOUT = re.compile(
     r"(?P<cls>pooled|cls|l2\(cls\))"
     rf"( \+ mean\(((?P<plain>{_WHICH})|l2\((?P<normed>{_WHICH})\))\))?"
