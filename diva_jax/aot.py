@@ -14,11 +14,11 @@ import os
 import re
 import sys
 import time
-from pathlib import Path
 
 import jax
 import jinja2
 from absl import flags
+from etils import epath
 
 from diva_jax import config as configs
 from diva_jax.common import cli, log, paths
@@ -116,7 +116,7 @@ def compile_step(program: Program, stage: int):
     return compiled, known, {"trace": traced - began, "compile": time.perf_counter() - traced}
 
 
-def report(config, topology: str, save: str | None = None, hlo_file: str | None = None) -> dict:
+def report(config, topology: str, save: epath.PathLike | None = None, hlo_file: epath.PathLike | None = None) -> dict:
     """Compiles the step of a config's last stage for a slice, and returns its costs, for JSON. Writes the executables
     of all stages to the folder `save`, and the optimised HLO to `hlo_file`. All keys are per device, of which a
     TPU7x has two per chip, unless their names imply otherwise. Where the compiler reports that the program does not
@@ -159,7 +159,7 @@ def report(config, topology: str, save: str | None = None, hlo_file: str | None 
             f"cannot read what libtpu {row['versions']['libtpu']} made of it ({paths.reason(e)})"
         ) from e
     if hlo_file:
-        Path(hlo_file).write_text(text)
+        paths.write_whole(hlo_file, text)
     cost = hlo.analyse(text, chip)
     images, counted = config.batch_size / n, program.flops().total()
     ms = cost["model_ms"] + cost["kernel_bound_ms"]
@@ -216,14 +216,17 @@ def main() -> None:
     jax.config.update("jax_platforms", "cpu")  # This process only compiles and must not occupy a TPU.
     config, topology = cli.config_of(_CONFIG), _TOPOLOGY.value
     config = with_batch(config, len(devices(topology)[2]), _BATCH.value)
-    if _SAVE.value and _SEARCH.value:
-        raise UserError("--save is for one batch size: run --search first, then --save with its --per-device-batch")
-    if _SAVE.value:
-        paths.check_writable(paths.folder(_SAVE.value, "--save"), "--save")
-    row = search(config, topology) if _SEARCH.value else report(config, topology, _SAVE.value, _HLO.value)
+    if _SEARCH.value and (_SAVE.value or _HLO.value):
+        raise UserError("--save and --hlo are of one batch size: run --search first, then with its --per-device-batch")
+    wanted = {f.name: paths.folder(f.value, f"--{f.name}") for f in (_SAVE, _HLO, _JSON) if f.value not in (None, "-")}
+    for name, path in wanted.items():  # Before a step is compiled, which takes minutes.
+        paths.check_writable(path if name == "save" else path.parent, f"--{name}")
+        if name != "save" and path.is_dir():
+            raise UserError(f"--{name}={path} is a folder: give a file")
+    row = search(config, topology) if _SEARCH.value else report(config, topology, wanted.get("save"), wanted.get("hlo"))
     if _JSON.value:
         text = json.dumps(row, indent=1)
-        print(text) if _JSON.value == "-" else Path(_JSON.value).write_text(text + "\n")
+        print(text) if _JSON.value == "-" else paths.write_whole(wanted["json"], text + "\n")
     if _JSON.value != "-":
         print(text_of(row), flush=True)
 
