@@ -156,7 +156,7 @@ def _without_equal_readouts(task: Task) -> Task:
 
 def _metrics(path: epath.Path) -> list[dict[str, Any]]:
     """Reads rows, sorted by step. An incomplete last line (still being written, or the run was killed) is skipped."""
-    lines = json_files.read_bytes(path).splitlines(keepends=True) if path.exists() else []
+    lines = json_files.read_bytes(path, json_files.MAX_LINES_BYTES).splitlines(keepends=True) if path.exists() else []
     if lines and not lines[-1].endswith(b"\n"):
         lines.pop()
     rows = []

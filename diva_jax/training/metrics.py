@@ -70,10 +70,10 @@ class Writer:
             file = path.parent / "wandb_id.txt"  # The id of the run that belongs to this workdir.
             if not file.exists():
                 paths.write_whole(file, uuid.uuid4().hex)
-            about = dict(id=json_files.read_bytes(file, 2**10).decode(), name=path.parent.name, config=config or {})
             advice = "log in with `wandb login`, set WANDB_MODE=offline, or leave config.log.wandb empty"
             with explained(f"config.log.wandb={wandb!r}: no run could be started", advice, Exception):
                 init = importlib.import_module("wandb").init
+                about = dict(id=json_files.read_bytes(file, 2**10).decode(), name=path.parent.name, config=config or {})
                 self._wandb = init(project=wandb, dir=str(self._mirror.local), resume="allow", **about)
             self._opened.callback(self._wandb.finish)
 
