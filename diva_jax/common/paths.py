@@ -103,7 +103,7 @@ def local(path: str, flag: str) -> Path:
     """A folder on this machine; a UserError where it is in a bucket."""
     if is_remote(path):
         raise UserError(f"{flag}={path} must be a folder on this machine: copy it from there with gcloud storage cp")
-    return Path(path)
+    return Path(path).expanduser()
 
 
 @contextlib.contextmanager

@@ -181,7 +181,7 @@ def caption_csv(path: Path) -> Images:
 def read_names(path: str) -> list[list[str]] | dict[str, list[str]]:
     """A JSON file with class names or prompt templates, as lists by label or by class; a text stands for a list of one.
     A UserError where it has anything else in it, such as a number or an empty text."""
-    value = json_files.parse(path, files.read_text(path))
+    value = json_files.parse(path, files.read_text(os.path.expanduser(path)))
     value = [value] if isinstance(value, str) else value
     if not isinstance(value, list | dict) or not value:
         raise UserError(f"{path} must hold a list of texts, or an object with one entry per class")

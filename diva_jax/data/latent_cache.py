@@ -158,7 +158,7 @@ class Cache:
     names `config.data.latents`, where it is missing, not complete or of other facts."""
 
     def __init__(self, folder: str, facts: Mapping[str, Any], shapes: Mapping | None = None, with_text: bool = False):
-        self._folder = paths.local(folder, "config.data.latents").expanduser()
+        self._folder = paths.local(folder, "config.data.latents")
         self._named = f"config.data.latents={folder}"
         manifest = Manifest.read(self._folder, "config.data.latents")
         if manifest is None:

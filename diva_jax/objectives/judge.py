@@ -97,7 +97,7 @@ def chooser(o: JudgeOptions) -> inputs.Alternatives:
     """What makes the texts of a record; a UserError where a file that it needs is missing or wrong."""
     of_caption = o.neutral == "caption"
     if o.texts == "edits":
-        return inputs.Edits(o.count, of_caption, Path(o.lexicon) if o.lexicon else inputs.LEXICON)
+        return inputs.Edits(o.count, of_caption, Path(o.lexicon).expanduser() if o.lexicon else inputs.LEXICON)
     if o.texts == "records":
         return inputs.Listed(o.count, of_caption)
     return inputs.Classes.read(o.count, of_caption, o.classes, o.template)

@@ -50,7 +50,7 @@ class Builder:
     cache."""
 
     def __init__(self, config, out: str, crops: int, per_shard: int, batch: int):
-        self.folder = paths.local(out, "--out").expanduser()
+        self.folder = paths.local(out, "--out")
         self.config, self._named = config, f"--out={out}"
         if config.data.latents:
             raise UserError("config.data.latents is set, but this command makes a cache: leave it empty")

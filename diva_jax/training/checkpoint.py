@@ -124,7 +124,7 @@ absl_logging.get_absl_logger().addFilter(lambda r: r.levelno < logging.ERROR or 
 
 
 def _folder(workdir: epath.PathLike) -> epath.Path:
-    return paths.absolute(epath.Path(workdir) / "checkpoints")
+    return paths.absolute(epath.Path(workdir).expanduser() / "checkpoints")
 
 
 def damages(workdir: epath.PathLike) -> dict[int, str | None]:

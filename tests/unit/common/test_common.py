@@ -65,6 +65,7 @@ def test_what_cannot_be_written_is_an_oserror_or_refused_before_anything_is(tmp_
         paths.write_whole("memory://bucket/b", "x")
     paths.check_writable(epath.Path(tmp_path / "new" / "deep"), "--workdir")
     paths.check_writable(epath.Path("gs://bucket/runs"), "--workdir")
+    assert paths.local("~/x", "--out") == Path.home() / "x"
     for name in ("file", "file/deep"):
         says = f"--workdir=.*{name} cannot be a folder, as .*file is a file"
         refused(says, paths.check_writable, epath.Path(tmp_path / name), "--workdir")
