@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from pathlib import Path
 
 import commands
 import numpy as np
@@ -44,16 +45,8 @@ def test_the_page_runs_as_it_stands(folder, monkeypatch):
     np.testing.assert_array_equal(exported, scope["after"].encode_image(images))
 
 
-# A change of the module's text -> what the command says, with the line of the module, and its exit code.
-BROKEN = {
-    "an error inside": ("jax.random.randint", "jax.random.rand_int", 1, "AttributeError: module 'jax.random' has no"),
-    "a shape": ("self.head = nnx.Linear(self.spec.embed_dim", "self.head = nnx.Linear(7", 1, "TypeError: dot_general"),
-    "a scalar alone": ("return loss, {", "return loss  # {", 2, "and not the pair (loss, metrics)"),
-    "an import": ("import optax\n", "import optaxx\n", 2, "ModuleNotFoundError: No module named 'optaxx'"),
-    "no Python": ("def loss(self", "def loss self", 2, "SyntaxError"),
-    "a loss of each image": (".mean()\n", "\n", 2, "loss is float32 [8], and not a scalar"),
-    "no loss among the metrics": ('{"loss": loss, ', "{", 2, 'lack "loss"'),
-}
+# A change of the module's text, the exit code, and what the command says, with the line of the module.
+BROKEN = json.loads(Path(__file__).with_name("broken.json").read_text())
 
 
 def test_an_error_inside_names_its_line(folder):
