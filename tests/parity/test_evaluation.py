@@ -265,13 +265,7 @@ def test_data_and_labels():
     assert evaluator.data_of(["drift", "mmvp"], ["mmvp=a=b", "drift=c"]) == {"drift": "c", "mmvp": "a=b"}
     assert evaluator.labels_of(["a/x", "b/y"], [None, 3]) == ["x", "y:3"]
     assert evaluator.labels_of(["a/x", "b/x/"], [None, None]) == ["a/x", "b/x/"]
-    for tasks, given, says in (
-        ([], ["x"], "--task is missing"),
-        (["mmvp", "drift"], ["mmvp=x"], "the task drift has no data"),
-        (["mmvp", "drift"], ["mmvp=x", "y"], "--data has 'y', which is not TASK=PATH"),
-        (["mmvp", "drift"], ["mmvp=x", "drift=y", "zeroshot=z"], "--data=zeroshot=... belongs to no task"),
-        (["mmvp", "drift"], ["mmvp=x", "drift=y", "drift=z"], "--data has two paths for the task drift, y and z"),
-    ):
+    for tasks, given, says in json.loads(Path(__file__).with_name("refused.json").read_text())["data_of"]:
         refused(says, evaluator.data_of, tasks, given)
 
 

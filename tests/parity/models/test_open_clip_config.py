@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import functools
 import json
+from pathlib import Path
 
 import open_clip
 import pytest
@@ -11,8 +12,10 @@ import timm
 import torch
 from flax import nnx
 from helpers import refused
+from ml_collections import ConfigDict
 from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 from places import TESTS
+from small import with_fields
 
 from diva_jax.models.backbones import HALF, OPENAI_MEAN, TABLE, Spec, TextSpec, build, eva02, siglip, vit
 from diva_jax.models.backbones.shared import open_clip_config as occ
@@ -58,15 +61,10 @@ def same_towers(spec: Spec, config: dict):
 
 def small(**kw) -> dict:
     """A small model config; `kw` as `vision_cfg__width=...` or `quick_gelu=...`."""
-    config = dict(
-        embed_dim=24,
-        vision_cfg=dict(image_size=28, patch_size=7, width=48, layers=2, head_width=16),
-        text_cfg=dict(context_length=9, vocab_size=99, width=36, heads=3, layers=2),
-    )
-    for key, value in kw.items():
-        *tower, option = key.split("__")
-        (config[tower[0]] if tower else config)[option] = value
-    return config
+    vision = dict(image_size=28, patch_size=7, width=48, layers=2, head_width=16)
+    text = dict(context_length=9, vocab_size=99, width=36, heads=3, layers=2)
+    config = ConfigDict(dict(embed_dim=24, vision_cfg=vision, text_cfg=text), type_safe=False)
+    return with_fields(config, kw).to_dict()
 
 
 @pytest.mark.parametrize("name", [*NAMES, *(pytest.param(n, marks=pytest.mark.slow) for n in MORE_NAMES)])
@@ -128,18 +126,8 @@ def test_timm_table(name):
     assert type(pool.mlp.act) is type(block.mlp.act)
 
 
-TANH = {"approximate": "tanh"}
-
-
-OPTIONS = [
-    (dict(quick_gelu=True), "activation", "quick_gelu"),
-    (dict(), "activation", "gelu"),
-    (dict(vision_cfg__act_kwargs=TANH, text_cfg__act_kwargs=TANH), "activation", "gelu_tanh"),
-    (dict(text_cfg__act_kwargs=TANH), "activation", "gelu"),
-    (dict(vision_cfg__norm_kwargs={"eps": 1e-6}), "norm_eps", 1e-6),
-    (dict(vision_cfg__mlp_ratio=4.9231), "mlp_dim", 236),
-    (dict(vision_cfg__image_size=[42, 42]), "image_size", 42),
-]
+# Options of `small`, the field that they set, and its value.
+OPTIONS = json.loads(Path(__file__).with_name("options.json").read_text())
 
 
 @pytest.mark.parametrize("options, field, value", OPTIONS)
@@ -183,7 +171,7 @@ def test_preprocessing_left_out_is_open_clips_default_except_for_siglip():
     assert (named.mean, named.std, named.resize_mode) == (OPENAI_MEAN, (0.1, 0.2, 0.3), "shortest")
 
 
-TWO = from_open_clip(small(text_cfg__act_kwargs=TANH))
+TWO = from_open_clip(small(text_cfg__act_kwargs={"approximate": "tanh"}))
 
 
 @pytest.mark.parametrize("row, changes, message", REFUSED["to_open_clip"])
