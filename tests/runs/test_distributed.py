@@ -8,6 +8,7 @@ import shutil
 import signal
 import sys
 import time
+from pathlib import Path
 from unittest import mock
 
 import commands
@@ -236,18 +237,13 @@ def test_the_step_is_compiled_once_for_every_schedule_and_workdir(tmp_path, monk
     assert list((tmp_path / "cache" / "diva_jax" / "compiled").iterdir())
 
 
+# config.compile_cache, the workdir, variables of the environment, and the cache; "$" is the user's folder of caches.
+COMPILED = Path(__file__).with_name("compiled.json").read_text()
+
+
 def test_where_compiled_programs_are_kept(tmp_path, monkeypatch, cache_settings):
     (tmp_path / "file").write_text("")
-    variable = {"JAX_COMPILATION_CACHE_DIR": "x"}
-    for setting, workdir, env, kept in (
-        ("auto", f"{tmp_path}/a", {}, f"{tmp_path}/diva_jax/compiled"),
-        ("auto", "gs://bucket/runs/a", {}, "gs://bucket/runs/a/cache/compiled"),
-        ("auto", "gs://bucket/runs/a", variable, "gs://bucket/runs/a/cache/compiled"),
-        ("auto", f"{tmp_path}/a", variable, "before"),
-        ("auto", f"{tmp_path}/a", {"XDG_CACHE_HOME": f"{tmp_path}/file"}, f"{tmp_path}/a/cache/compiled"),
-        (f"{tmp_path}/mine", f"{tmp_path}/a", {}, f"{tmp_path}/mine"),
-        ("", f"{tmp_path}/a", {}, "before"),
-    ):
+    for setting, workdir, env, kept in json.loads(COMPILED.replace("$", str(tmp_path))):
         jax.config.update("jax_compilation_cache_dir", "before")
         with monkeypatch.context() as m:
             for name, value in ({"XDG_CACHE_HOME": str(tmp_path)} | env).items():

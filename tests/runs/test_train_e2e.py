@@ -5,6 +5,7 @@ import random
 import re
 import shutil
 import signal
+from pathlib import Path
 
 import commands
 import jax
@@ -111,13 +112,8 @@ def test_not_finite_stops_with_the_step_and_keeps_the_last_checkpoint(files, tmp
     assert all(np.isfinite(np.asarray(a)).all() for a in state["params"].values())
 
 
-BAD = {
-    "empty data": ({"data.path": "{empty}"}, "config.data.path"),
-    "batch and devices": ({"batch_size": 9}, "config.batch_size=9"),
-    "another U-Net": ({"diffusion.unet.cross_attention_dim": 32}, "diffusion.unet"),
-    "another run's workdir": ({"optim.lr": 1.0}, "optim.lr"),
-    "no data of a task": ({"eval.every": 2, "eval.data": ("feedback=nowhere",)}, "feedback='nowhere' does not exist"),
-}
+# What is bad -> [fields of the config, what the line has]; "$" is an empty folder.
+BAD = json.loads(Path(__file__).with_name("refused.json").read_text())
 
 
 @pytest.mark.parametrize("what", BAD)
@@ -126,7 +122,7 @@ def test_bad_input_is_refused_before_anything_is_written(files, uninterrupted, t
     (tmp_path / "empty").mkdir()
     c = get_config(str(files))
     c.accum = 1  # This process has eight devices.
-    c.update_from_flattened_dict({n: str(tmp_path / "empty") if v == "{empty}" else v for n, v in fields.items()})
+    c.update_from_flattened_dict({n: str(tmp_path / "empty") if v == "$" else v for n, v in fields.items()})
     workdir = uninterrupted[0] if what == "another run's workdir" else tmp_path / "new"
     before = sorted(uninterrupted[0].rglob("*"))
     refused(re.escape(named), lambda: Run(c, workdir).run())

@@ -7,6 +7,7 @@ import json
 import math
 import re
 import runpy
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -124,13 +125,10 @@ def test_a_typing_error_in_any_field_finds_it():
         seen |= set(known)
 
 
-@pytest.mark.parametrize("wrong, meant", {
-    "lr": "optim.lr", "optim.learning_rate": "optim.lr", "epochs": "steps", "bs": "batch_size",
-    "gradient_accumulation_steps": "accum", "num_workers": "data.threads", "resolution": "data.image_size",
-    "save_every": "checkpoint.every", "max_grad_norm": "optim.clip", "pretrained": "backbone.source",
-    "optimizer": "optim.name", "loss": "objective",
-       "gradient_checkpointing": "remat", "wandb.project": "log.wandb", "optim.lr.value": "optim.lr",
-}.items())  # fmt: skip
+WORDS = json.loads(Path(__file__).with_name("words.json").read_text())
+
+
+@pytest.mark.parametrize("wrong, meant", WORDS.items())
 def test_words_of_other_programs(wrong, meant):
     says = f"^the config has no field {wrong}; did you mean .*{meant}.*[?]$"
     refused(says, fields.require, config.default(), [wrong])

@@ -2,6 +2,8 @@
 
 import dataclasses
 import itertools
+import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -163,31 +165,21 @@ def test_a_group_is_the_mean_of_its_runs_over_items_and_over_runs(counts):
     assert seeds.compare(task, [b], [a]) == task.compare(b, a) and seeds.outcome(task, [a]) is a.results
 
 
-GROUPS = {
-    "runs/a": ("", ["runs/a"]),
-    "runs/a:400": ("", ["runs/a:400"]),
-    "t-1=runs/a,runs/b:7": ("t-1", ["runs/a", "runs/b:7"]),
-    "hf-hub:a/b": ("", ["hf-hub:a/b"]),
-    "a=b,c": ("", ["a=b,c"]),  # A folder with such a name is a folder.
-}
+# How groups are written, and what they name; changes of a run's config, its step, and what is said of its group.
+NAMED, DIFFERENT = json.loads(Path(__file__).with_name("groups.json").read_text()).values()
 
 
 def test_how_a_group_is_written(tmp_path, monkeypatch):
+    """What may be a group is a folder where there is one of this name."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a=b,c").mkdir()
-    assert {text: seeds.parse(text) for text in GROUPS} == GROUPS
+    assert {text: list(seeds.parse(text)) for text in NAMED} == NAMED
     for text in ("t=runs/a", "t=runs/a,", "t=runs/a,runs/a", "t=runs/a,runs/b,runs/a"):
         refused("must name two runs or more, each once", seeds.parse, text)
 
 
 def test_the_runs_of_a_group_differ_in_their_seed_alone(tmp_path):
-    for case, (change, step, message) in enumerate((
-        ({"seed": 1}, 9, None),
-        ({"seed": 0}, 9, "both have seed=0: train one of them"),
-        ({"seed": 1, "lr": 2.0}, 9, r"differ in more than their seed: lr \(1.0 there, 2.0 here\)"),
-        ({"seed": 1}, 8, "are not at one step"),
-        ({"seed": 1}, None, "are not at one step"),
-    )):  # fmt: skip
+    for case, (change, step, message) in enumerate(DIFFERENT):
         first = {"seed": 0, "lr": 1.0}
         trees.change(tmp_path, {f"{case}a/config.json": first, f"{case}b/config.json": first | change})
         where = [(str(tmp_path / f"{case}{name}"), at) for name, at in (("a", 9), ("b", step))]
