@@ -8,14 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from helpers import filled
-from reading import diffusion_config, fill_generator, from_hf, gradients, hf_names, hf_spec, hf_tensors, take
+from reading import PROJECTOR, diffusion_config, fill_generator, from_hf, gradients, hf_names, hf_spec, hf_tensors, take
 
 from diva_jax import config
 from diva_jax.data import preprocess
 from diva_jax.models import adapters, backbones
 from diva_jax.models.diffusion.text_encoder import TextEncoder, TextEncoderConfig
 from diva_jax.models.layers import Keys, abstract
-from diva_jax.models.names import Table
 from diva_jax.objectives import dcr
 from diva_jax.objectives.dcr import contrast
 from diva_jax.training import partition
@@ -24,7 +23,6 @@ from diva_jax.weights import names
 PREFIX = "dcr_"
 HEADS = 4  # Of both towers; the arrays do not tell.
 _GIVEN = ("pixels", "plus/", "text_ids", "vae_noise", "timesteps", "noise", "w/", "stage2/lora/")
-_PROJECTOR = Table("projector", ((r"^norm.", "0."), (r"^fc1.", "1."), (r"^fc2.", "3.")))
 
 
 def settings(z, exact: bool = False):
@@ -56,7 +54,7 @@ def objective(z, sd, text_context) -> dcr.Objective:
     plain = abstract(lambda rngs: backbones.build(module.spec, rngs=rngs))
     module.vision = filled(plain, from_hf(take(z, "w/"), module.spec), names.table("vision", module.spec))
     adapters.adapt(module.vision, module.options.lora, Keys())
-    module.projector = filled(module.projector, take(z, "w/project_clip."), _PROJECTOR)
+    module.projector = filled(module.projector, take(z, "w/project_clip."), PROJECTOR)
     fill_generator(module, sd, text_context)
     return module
 
@@ -98,7 +96,7 @@ def compute(z, sd) -> dict[str, np.ndarray]:
         rest |= {k: seen[k] for k in ("embedding", "context", "context_plus")}
         out |= {f"{stage}/{k}": v for k, v in rest.items()}
         ours = tower_tensors({n.removeprefix("vision/"): g for n, g in grads.items() if n.startswith("vision/")})
-        projector = gradients(skeleton, grads, "projector", _PROJECTOR)
+        projector = gradients(skeleton, grads, "projector", PROJECTOR)
         ours |= {f"project_clip.{n}": g for n, g in projector.items()}
         out[f"{stage}/grad"] = np.concatenate([ours[n].ravel() for n in take(z, f"{stage}/grad/")])
         if sum(given[n].size for n in active) != out[f"{stage}/grad"].size:

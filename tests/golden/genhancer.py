@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from helpers import filled
-from reading import differentiate, from_hf, gradients, hf_names, hf_spec, hf_tensors, take
+from reading import PROJECTOR, differentiate, from_hf, gradients, hf_names, hf_spec, hf_tensors, take
 
 from diva_jax import config
 from diva_jax.data import preprocess
@@ -30,9 +30,8 @@ from diva_jax.weights.formats import Tensors
 # Names in the authors' checkpoints.
 _DENOISER = ((r"_mlp\.fc1\.", "_mlp.0."), (r"_mlp\.fc2\.", "_mlp.2."))
 _DENOISER += ((r"\.(query|key)_norm\.weight$", r".\1_norm.scale"), (r"\.adaLN_modulation\.", ".adaLN_modulation.1."))
-_PROJECTOR = names.Table("projector", ((r"^norm\.", "0."), (r"^fc1\.", "1."), (r"^fc2\.", "3.")))
 # Part of the objective -> (its prefix in a file, its table).
-GENERATOR = {"project_clip": ("project_clip.", _PROJECTOR), "project_t5": ("project_t5.", _PROJECTOR)}
+GENERATOR = {"project_clip": ("project_clip.", PROJECTOR), "project_t5": ("project_t5.", PROJECTOR)}
 GENERATOR["denoiser"] = ("dit.", names.Table("FLUX's transformer", _DENOISER))
 
 PREFIX = "genhancer"

@@ -14,6 +14,8 @@ from diva_jax.models import backbones
 from diva_jax.weights import names
 
 SD = Path(__file__).with_name("sd_tiny_7.npz")  # The U-Net and the VAE of the golden files; their config is beside it.
+# The projectors of DCR and GenHancer under the names of the authors' code.
+PROJECTOR = names.Table("projector", ((r"^norm\.", "0."), (r"^fc1\.", "1."), (r"^fc2\.", "3.")))
 
 
 def take(arrays, prefix: str, new: str = "") -> dict[str, np.ndarray]:

@@ -92,8 +92,7 @@ def test_what_is_no_regular_file_is_not_waited_for(tmp_path):
         for path in (folder, folder / name):
             refused("is not a regular file", batches, path)
     os.mkfifo(tmp_path / "c.png")
-    for i in range(3):
-        (tmp_path / f"{i}.png").write_bytes(encoded(i))
+    trees.change(tmp_path, {f"{i}.png": encoded(i) for i in range(3)})
     found = next(batches(f"{tmp_path}/*.png", max_broken_share=1.0))
     assert set(tags(found["image"])) <= {0, 1, 2}
 

@@ -104,8 +104,6 @@ def test_tfds_without_tensorflow(tmp_path):
     assert masks.has_text and masks.read(0).text == "x" and masks.read(0, with_text=False).text is None
     assert "tensorflow" not in sys.modules
     for spec, complaint in (
-        ("tfds:tagged", "must read tfds:name/split"),
-        ("tfds:tagged/train?split=x", "must read tfds:name/split"),
         ("tfds:tagged/train?data_dir={dir}", r"2 image features \(image, mask\)"),
         ("tfds:tagged/train?data_dir={dir}&image=label", "no image feature 'label'"),
         ("tfds:tagged/train?data_dir={dir}&image=mask&text=words", "no feature 'words', only image, mask, label"),
