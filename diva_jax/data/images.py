@@ -53,8 +53,9 @@ def resized_crop(image: Image.Image, box: Box, size: int, interpolation: str = "
 # Pillow would also pass PostScript to Ghostscript.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 _PNG = b"\x89PNG\r\n\x1a\n"
-# 400 MB decoded; a larger image is taken for a decompression bomb.
-MAX_PIXELS = 2**27
+# 400 MB decoded; a larger image is taken for a decompression bomb, and so is a thin one, which would have as many
+# pixels once its shorter side is that of a tower's input.
+MAX_PIXELS, _MAX_RATIO = 2**27, 500
 _REPAIR = "fetch it again, convert it to an RGB image of JPEG or PNG, or leave it out of the data"
 # While an image is decoded and converted, Pillow keeps four bytes per pixel, twice.
 _BYTES_PER_PIXEL = 8
@@ -99,14 +100,19 @@ def _without_texts(data: bytes) -> bytes:
     return b"".join(kept)
 
 
+def _check_size(image: Image.Image) -> None:
+    """A ValueError for an image that is taken for a decompression bomb."""
+    if image.width * image.height > MAX_PIXELS or max(image.size) > _MAX_RATIO * min(image.size):
+        raise ValueError(f"{image.width}x{image.height} pixels are too many, or too far from a square")
+
+
 def decode(data: bytes, rgb: bool = True) -> Image.Image:
     """Decodes an image at its full size; Pillow's `draft` mode, which decodes JPEGs at a lower resolution, would change
     pixels. `rgb` converts at once, as webdataset and torchvision's folders do; otherwise the image keeps its mode, and
     `prepare` converts it after resizing, as open_clip does, which differs for palettes and alpha channels. 16 bits per
     pixel become 8. Pillow's plugins raise many types for a broken image."""
     image = Image.open(io.BytesIO(_without_texts(data)), formats=FORMATS)
-    if image.width * image.height > MAX_PIXELS:
-        raise ValueError(f"{image.width}x{image.height} pixels are too many")
+    _check_size(image)
     image.load()
     if image.mode.startswith("I;16"):  # Pillow's conversion would cut values off at 255.
         pixels = (np.asarray(image).astype(np.uint32) * 255 + 32767) // 65535
@@ -137,8 +143,7 @@ def opened(path: str | os.PathLike) -> Iterator[Image.Image]:
         open(path, "rb", opener=open_regular) as file,
         Image.open(file, formats=FORMATS) as image,
     ):
-        if image.width * image.height > MAX_PIXELS:
-            raise ValueError(f"{image.width}x{image.height} pixels are too many")
+        _check_size(image)
         yield image
 
 
