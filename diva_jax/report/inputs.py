@@ -1,12 +1,14 @@
 """Reads what a report is made of, which may come from elsewhere: results.json of an evaluation, metrics.jsonl and
 config.json of a run. Every value that is shown has its declared type, through `common.json_files`."""
 
+import contextlib
 import shlex
 from typing import Any, NamedTuple
 
 from etils import epath
+from ml_collections import ConfigDict
 
-from diva_jax.common import json_files, paths, results_schema
+from diva_jax.common import config_files, json_files, paths, results_schema
 from diva_jax.common.errors import UserError
 from diva_jax.common.fields import finite
 from diva_jax.common.json_files import Record
@@ -47,16 +49,21 @@ class Run(NamedTuple):
     sessions: list[Session]
 
     @property
-    def total(self) -> int | None:
-        """Number of steps of the whole run, or None if the config does not contain it."""
-        return int(steps) + self.warmup if _usable(steps := self.config.get("steps")) else None
+    def stages(self) -> list[tuple[str, int]]:
+        """(name, number of steps until its end) of each stage; of an objective of the user's own one of `config.steps`,
+        and nothing where the config does not say it."""
+        from diva_jax import objectives  # Here, because jax is slow to import.
+
+        name, steps = str(self.config.get("objective")), self.config.get("steps")
+        with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError, OverflowError, UserError):
+            if "." not in name or config_files.is_own(name):
+                return [(stage.name, int(stage.end)) for stage in objectives.stages(ConfigDict(self.config))]
+        return [(name, int(steps))] if _usable(steps) else []
 
     @property
-    def warmup(self) -> int:
-        """Number of steps of the stage that trains only visual_proj."""
-        condition = self.config.get("condition")
-        steps = condition.get("warmup_steps") if isinstance(condition, dict) else 0
-        return int(steps) if _usable(steps) else 0
+    def total(self) -> int | None:
+        """Number of steps of the whole run, or None if the config does not contain it."""
+        return self.stages[-1][1] if self.stages else None
 
     def curve(self, key: str) -> list[tuple[float, float]]:
         """Returns [(step, value)] of one key, finite values only."""

@@ -121,8 +121,7 @@ def run_sections(runs: list[Run]) -> list[Section]:
     if not runs:
         return []
     charts, first = [], runs[0]
-    warm = 0 < first.warmup < first.rows[-1]["step"]
-    marks = [(first.warmup, "end of the stage that trains only visual_proj")] if warm else []
+    marks = [(end, f"end of stage {name}") for name, end in first.stages[:-1] if 0 < end < first.rows[-1]["step"]]
     for key, (title, half) in _CURVES.items():
         if data := [Series(r.name, r.index, r.curve(key)) for r in runs if r.curve(key)]:
             draw = partial(curves, data=data, x_title="step", marks=marks, linear=key in _LINEAR)

@@ -17,7 +17,7 @@ import report_samples as samples
 from helpers import refused
 from PIL import Image
 
-from diva_jax import report
+from diva_jax import config, report
 from diva_jax.report import charts, figures, images, inputs, page
 
 
@@ -119,7 +119,8 @@ def test_a_workdir(tmp_path):
         "Loss", "Gradient norm before clipping", "Learning rate", "Images per second", "mmvp, pooled",
         "feedback, gap other", "drift, effective rank", "drift, effective rank change",
     ]  # fmt: skip
-    assert "feedback/gap_other is not different from zero" in shown.text
+    assert "feedback/gap_other is not different from zero" in shown.text and "end of stage visual_proj" in shown.text
+    assert inputs.Run("", 0, (), config.default(objective="genhancer").to_dict(), [], []).total == 110_000
 
 
 def chart(draw, *names, **arguments):
@@ -134,8 +135,7 @@ def test_curves():
     (curve,) = re.findall(r'<path d="([^"]*)" style="[^"]*stroke-opacity: 0.35', svg)
     assert min(float(y) for y in re.findall(r"[ML] ?[\d.]+ ([\d.]+)", curve)) == pytest.approx(8, abs=0.1)
     assert len(curve) < 50_000
-    flat = charts.moving_mean([(i, 5.0) for i in range(10)], 4)
-    assert flat == [(i, 5.0) for i in range(10)]
+    assert charts.moving_mean([(i, 5.0) for i in range(10)], 4) == [(i, 5.0) for i in range(10)]
     assert charts.moving_mean([(0, 0.0), (1, 3.0), (2, 6.0), (3, 0.0)], 2)[1] == (1, 3.0)
     # A single row, equal values and very large ranges also give a valid axis.
     for data in ([(5, 0.3)], [(0, 1.0), (2, 1.0)], [(1, 1e-7), (2, 1e99)], [(1, -2.0), (2, 1e-9)]):
