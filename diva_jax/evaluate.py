@@ -8,11 +8,13 @@ compared with each of the others. Options are fields of the config:
 and the files that are written to DIR.
 """
 
+import jax
 from absl import flags
 
-from diva_jax import config as configs
+from diva_jax import api, config as configs
 from diva_jax.common import cli
 from diva_jax.common.errors import UserError, printable
+from diva_jax.evals import evaluator, results
 
 _CONFIG = cli.define_config("The config file of the backbone; --config.eval.FIELD=VALUE sets an option.")
 _WEIGHTS = flags.DEFINE_multi_string(
@@ -41,12 +43,6 @@ def main() -> None:
         raise UserError("--weights is missing: give a source of weights or a workdir, once for each to evaluate")
     if not _OUT.value:
         raise UserError("--out is missing: give a folder for results.json and predictions.csv")
-    # Slow imports come after the flags have been checked.
-    import jax
-
-    from diva_jax import api
-    from diva_jax.evals import evaluator, results
-
     data = evaluator.data_of(_TASK.value, _DATA.value)
     summary = api.evaluate(config, _WEIGHTS.value, data, out=_OUT.value, control=_CONTROL.value, best=_BEST.value)
     if jax.process_index() == 0:

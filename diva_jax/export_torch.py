@@ -9,11 +9,14 @@ The export is written to a temporary folder, read back and compared tensor by te
 installed, one image and one text are encoded with it. The folder is renamed to --out only if all of this succeeds.
 """
 
+import jax
 from absl import flags
 
 from diva_jax import config as configs
 from diva_jax.common import cli
 from diva_jax.common.errors import UserError
+from diva_jax.models.backbones import spec_of
+from diva_jax.weights.export import publish
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "The workdir of the run to export.")
 _SOURCE = flags.DEFINE_string("source", None, "Instead of --workdir: a file, folder or hub id of CLIP weights.")
@@ -38,13 +41,8 @@ def main() -> None:
         raise UserError("--out is missing: give a folder for the export, e.g. --out=runs/tuned")
     if _SOURCE.value and _STEP.value is not None:
         raise UserError("--step is for --workdir only: remove it, a --source has no steps")
-    import jax
-
     # Only one image is encoded, and the reference is computed in float32.
     jax.config.update("jax_platforms", "cpu")
-    from diva_jax.models.backbones import spec_of
-    from diva_jax.weights.export import publish
-
     config = None if _CONFIG.value is None else cli.config_of(_CONFIG)
     if _WORKDIR.value:
         configs.check_runs([given])
