@@ -189,6 +189,7 @@ def _run(main: Callable[..., None], arguments: Sequence[str], describe: Describe
     if flags.FLAGS["version"].value:
         print(f"diva_jax {__version__}, jax {jax.__version__}, Python {sys.version.split()[0]}")
     elif flags.FLAGS["help"].value:
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # A reader such as head may end before.
         print(_help(main, arguments, describe))
     else:
         if len(given) > len(arguments):

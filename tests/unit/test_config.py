@@ -152,8 +152,7 @@ DOCUMENTED = ("main", "evaluate", "export_torch", "report", "aot", "selfcheck", 
 
 def test_every_command_is_listed_with_a_sentence_and_found_by_a_wrong_word(capsys):
     assert listing.main([]) == 0
-    lines = capsys.readouterr().out.splitlines()[2:]
-    found = dict(line.removeprefix("python -m ").split(maxsplit=1) for line in lines)
+    found = dict(line.removeprefix("python -m ").split(maxsplit=1) for line in capsys.readouterr().out.splitlines()[2:])
     assert {f"diva_jax.{name}" for name in DOCUMENTED} <= found.keys()
     for name, sentence in found.items():
         assert importlib.util.find_spec(name) and len(sentence) > 5, name

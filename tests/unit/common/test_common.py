@@ -224,8 +224,9 @@ def test_a_signal_ends_a_command(sig, code, said, where):
 
 
 @pytest.mark.attack
-def test_sigint_while_a_command_imports(tmp_path):
+def test_sigint_while_a_command_imports_and_a_reader_of_its_help_that_ends_before(tmp_path):
     """A module in place of jax says when it is imported."""
+    for line in ("diva_jax", "diva_jax.main --config=tiny --help"):
+        assert not commands.finish(commands.launch("sh", "-c", f"{sys.executable} -m {line} | head -1"))[2]
     (tmp_path / "jax.py").write_text("import time; print('ready', flush=True); time.sleep(60)")
-    found = signalled(signal.SIGINT, "-m", "diva_jax.report", "x", path=[tmp_path])
-    assert found == (130, "", "interrupted\n")
+    assert signalled(signal.SIGINT, "-m", "diva_jax.report", "x", path=[tmp_path]) == (130, "", "interrupted\n")
