@@ -220,10 +220,6 @@ def _fast(x: Array, kernel: Array, strides: tuple[int, ...], padding: Padding, p
     return _plain(x, kernel, strides, padding, (1, 1), (1, 1), precision)
 
 
-def _convolve_forward(x, kernel, strides, padding, precision):
-    return _fast(x, kernel, strides, padding, precision), (x, kernel)
-
-
 def _convolve_backward(strides, padding, precision, given, g):
     x, kernel = given
     sizes = list(zip(x.shape[1:3], kernel.shape[:2], g.shape[1:3], strides, padding, strict=True))
@@ -239,7 +235,7 @@ def _convolve_backward(strides, padding, precision, given, g):
     return to_x, to_kernel
 
 
-_fast.defvjp(_convolve_forward, _convolve_backward)
+_fast.defvjp(lambda x, kernel, *how: (_fast(x, kernel, *how), (x, kernel)), _convolve_backward)
 
 
 def convolve(x: Array, kernel: Array, strides: Sequence[int], padding: Padding, *, precision=None, **others) -> Array:
