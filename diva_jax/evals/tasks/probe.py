@@ -22,6 +22,7 @@ DECAYS = np.logspace(-6, 2, 97)  # Of the search, as CLIP (arXiv 2103.00020, app
 _COARSE = 16  # The stride of the first round: logspace(-6, 2, 7).
 _ROWS = 2**14  # Rows whose logits are held at once.
 _TOLERANCE = 1e-6  # Of the largest element of the gradient.
+_MAX_CLASSES = 10**5  # Whose weights and logits are held in memory.
 
 
 @partial(jax.jit, static_argnames=("classes", "iterations"))
@@ -155,8 +156,9 @@ def _check_labels(train: labelled.Images, test: labelled.Images) -> None:
     for name, label in zip(test.names, test.targets, strict=True):
         if label not in known:
             raise UserError(f"{name} of the test split has the label {label}, which no training image has: correct it")
-    if min(known) < 0 or len(known) < 2:
-        raise UserError("a probe needs at least two classes, with labels from 0: correct the training split")
+    if min(known) < 0 or max(known) >= _MAX_CLASSES or len(known) < 2:
+        labels = f"labels from 0 to {_MAX_CLASSES - 1}"
+        raise UserError(f"a probe needs at least two classes, with {labels}: correct the training split")
 
 
 class Probe(ClassificationTask):
