@@ -318,10 +318,8 @@ def csv_rows(path: str) -> Iterator[tuple[int, list[str]]]:
         advice = "save it as UTF-8" if isinstance(e, UnicodeDecodeError) else "make it readable"
         raise UserError(f"{path} cannot be read as a CSV file after line {line} ({e}): {advice}") from e
     except csv.Error as e:
-        raise UserError(
-            f"{path}, line {line + 1}: the row is not CSV ({e}): put quotes around texts with {separator!r}, "
-            "quotes or ends of lines in them, double the quotes inside, and give images as paths"
-        ) from e
+        rule = f"put quotes around texts with {separator!r}, quotes or ends of lines in them, double the quotes inside"
+        raise UserError(f"{path}, line {line + 1}: the row is not CSV ({e}): {rule}, and give images as paths") from e
 
 
 def csv_records(path: str, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, str]]]:

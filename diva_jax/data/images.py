@@ -154,9 +154,8 @@ def prepare(image: Image.Image, size: int, resize_mode: str, interpolation: str)
     transformers'. A UserError where there is no such mode."""
     mode, _, side = resize_mode.partition(":")
     if mode not in ("shortest", "squash"):
-        raise UserError(
-            f"resize_mode={resize_mode!r} must be shortest or squash, or one of them with a side, squash:256"
-        )
+        wanted = "must be shortest or squash, or one of them with a side, squash:256"
+        raise UserError(f"resize_mode={resize_mode!r} {wanted}")
     (w, h), short = image.size, int(side or size)
     if mode == "squash":
         w, h = short, short

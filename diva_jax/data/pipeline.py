@@ -87,10 +87,9 @@ class Decoder:
             if count == _MAX_NAMED:
                 logger.warning("%d broken images: further ones are only counted", count)
         if failed > _MAX_UNJUDGED and failed > self._max_share * read:
-            raise RunError(
-                f"{failed} of {read} images read were broken ({failed / read:.1%}, the last: {name}: {reason}), more "
-                f"than config.data.max_broken_share={self._max_share:g} allows: repair the data, or raise that field"
-            )
+            problem = f"{failed} of {read} images read were broken ({failed / read:.1%}, the last: {name}: {reason})"
+            allowed = f"more than config.data.max_broken_share={self._max_share:g} allows"
+            raise RunError(f"{problem}, {allowed}: repair the data, or raise that field")
 
     def read(self, i: int, memory: contextlib.ExitStack) -> tuple[Image, Record] | None:
         """(decoded image, record i), or None where it is broken or has no texts to choose between; `memory` holds what
@@ -260,10 +259,9 @@ class Batches:
                 return None
             if (waited := time.monotonic() - began) > self._stall_timeout:
                 name, seconds = self.decoder.slowest() or ("none of the records", waited)
-                raise RunError(
-                    f"no batch for {waited:.0f} s (config.data.stall_timeout={self._stall_timeout:g}), {seconds:.0f} s "
-                    f"of them reading {name}: see that the disk or the mount of config.data.path answers"
-                )
+                limit = f"config.data.stall_timeout={self._stall_timeout:g}"
+                problem = f"no batch for {waited:.0f} s ({limit}), {seconds:.0f} s of them reading {name}"
+                raise RunError(f"{problem}: see that the disk or the mount of config.data.path answers")
         batch = self._pending.result()
         self._pending = None
         self._consumed += 1

@@ -258,11 +258,9 @@ class MixtureSource:
         self.parts = list(parts)
         length = max(Fraction(len(part)) / w for part, w in zip(parts, weights, strict=True))
         self.counts = [max(1, round(w * length)) for w in weights]
-        if sum(self.counts) > _MAX_EPOCH_IMAGES:
-            raise UserError(
-                f"config.data.path={path!r}: an epoch would have {sum(self.counts)} images, more than "
-                f"{_MAX_EPOCH_IMAGES}: give the large sources more weight, or fewer files"
-            )
+        if (images := sum(self.counts)) > _MAX_EPOCH_IMAGES:
+            problem = f"config.data.path={path!r}: an epoch would have {images} images, more than {_MAX_EPOCH_IMAGES}"
+            raise UserError(f"{problem}: give the large sources more weight, or fewer files")
         self.has_text = all(part.has_text for part in parts)
         self._ends = np.cumsum(self.counts, dtype=np.int64)
 
@@ -295,10 +293,8 @@ def _mixture(path: str, **kw) -> MixtureSource:
     entries = [entry.strip() for entry in path.removeprefix(_MIXTURE).split(";") if entry.strip()]
     matches = [_WEIGHTED.fullmatch(entry) for entry in entries]
     if not matches or not all(matches) or not all(Fraction(m[1]) > 0 for m in matches):
-        raise UserError(
-            f"config.data.path={path!r} must read mix:WEIGHT=PATH;WEIGHT=PATH with weights above 0, e.g. "
-            "'mix:0.7=cc3m/{00000..00331}.tar;0.3=mine.csv'"
-        )
+        form = "mix:WEIGHT=PATH;WEIGHT=PATH with weights above 0, e.g. 'mix:0.7=cc3m/{00000..00331}.tar;0.3=mine.csv'"
+        raise UserError(f"config.data.path={path!r} must read {form}")
     weights, paths = [Fraction(m[1]) for m in matches], [m[2].strip() for m in matches]
     if nested := [p for p in paths if p.startswith(_MIXTURE)]:
         raise UserError(f"config.data.path={path!r}: {nested[0]!r} is a mixture in a mixture: write its parts instead")

@@ -63,10 +63,9 @@ def choose_columns(path: str, columns: Sequence[str], options: Mapping[str, str]
             raise UserError(f"config.data.path: {path} has no column {wanted!r} for ?{what}=, only {there}")
         found.append(wanted or next((name for name in known if name in columns), None))
     if found[0] is None:
-        raise UserError(
-            f"config.data.path: {path} has no column {', '.join(IMAGE_COLUMNS[:-1])} or {IMAGE_COLUMNS[-1]}, only "
-            f"{listing(columns, 10)}: name the one with the images, as {path}?image=COLUMN"
-        )
+        known = f"{', '.join(IMAGE_COLUMNS[:-1])} or {IMAGE_COLUMNS[-1]}"
+        problem = f"config.data.path: {path} has no column {known}, only {listing(columns, 10)}"
+        raise UserError(f"{problem}: name the one with the images, as {path}?image=COLUMN")
     if twice := [c for c in found if list(columns).count(c) > 1]:
         raise UserError(f"config.data.path: {path} has the column {listing(twice)} twice: rename one")
     return tuple(found)
@@ -78,10 +77,8 @@ def _typed_columns(path: str, schema: pa.Schema, options: Mapping[str, str]) -> 
     kind = schema.field(columns[0]).type
     struct = pa.types.is_struct(kind) and {field.name for field in kind} & {"bytes", "path"}
     if not (struct or kind in (*_TEXTS, pa.binary(), pa.large_binary())):
-        raise UserError(
-            f"config.data.path: the column {columns[0]!r} of {path} holds {kind}, neither encoded images nor paths: "
-            "name another one with ?image=COLUMN"
-        )
+        problem = f"the column {columns[0]!r} of {path} holds {kind}, neither encoded images nor paths"
+        raise UserError(f"config.data.path: {problem}: name another one with ?image=COLUMN")
     return columns
 
 
@@ -292,9 +289,8 @@ def open_tables(
             parts.append(opens[kind](file, options))
     without = [part.path for part in parts if not part.columns[1]]
     if 0 < len(without) < len(parts):
-        raise UserError(
-            f"config.data.path: {without[0]} has no column with captions, but {len(parts)} files must agree"
-        )
+        problem = f"{without[0]} has no column with captions, but {len(parts)} files must agree"
+        raise UserError(f"config.data.path: {problem}")
     if (largest := parts[0].row_group_bytes) > _LARGE_ROW_GROUP_BYTES:
         log.warn(
             "%s has row groups of up to %d MB, one of which is read for every image: write it with fewer rows per row "

@@ -190,7 +190,6 @@ def open_tokenizer(text: TextSpec, folder: str | Path, field: str = "") -> Token
     else:
         tokenizer = FolderTokenizer(folder, text.context_length, _CLEAN[kind])
     if tokenizer.size > text.vocab_size:
-        raise UserError(
-            f"the tokenizer in {folder} has {tokenizer.size} tokens, but the text tower only {text.vocab_size}"
-        )
+        problem = f"the tokenizer in {folder} has {tokenizer.size} tokens"
+        raise UserError(f"{problem}, but the text tower only {text.vocab_size}")
     return tokenizer

@@ -95,10 +95,9 @@ class Builder:
             free = shutil.disk_usage(self.folder).free
         needed = sum(m.shard_bytes(s) for s in missing)
         if needed > free:
-            raise UserError(
-                f"{self._named} needs {needed / 2**30:.2f} GiB more for {m.records:,} images x {m.crops} crops, and "
-                f"{free / 2**30:.2f} GiB are free there: use a larger disk, or fewer --crops"
-            )
+            crops = f"{m.records:,} images x {m.crops} crops, and {free / 2**30:.2f} GiB are free there"
+            problem = f"{self._named} needs {needed / 2**30:.2f} GiB more for {crops}"
+            raise UserError(f"{problem}: use a larger disk, or fewer --crops")
         seen = workdirs.seen(self.folder / FILE)
         distributed.check_same({"the manifest in --out, which must be one folder for all processes": seen})
         return missing

@@ -208,10 +208,9 @@ def restore_newest(workdir: epath.PathLike, abstract_state: Callable[[int], dict
         unusable[step] = reason or "another process cannot read it"
     if unusable:
         newest = max(unusable)
-        raise UserError(
-            f"none of the {len(unusable)} checkpoints in {_folder(workdir)} can be restored (that of step {newest}: "
-            f"{unusable[newest]}): put a copy of a good one there, or move the folder away to begin anew"
-        )
+        problem = f"none of the {len(unusable)} checkpoints in {_folder(workdir)} can be restored"
+        advice = "put a copy of a good one there, or move the folder away to begin anew"
+        raise UserError(f"{problem} (that of step {newest}: {unusable[newest]}): {advice}")
     return None
 
 

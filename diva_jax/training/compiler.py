@@ -67,10 +67,9 @@ def compiled(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
         if not (found := _REFUSED.search(str(e))):
             raise
         name = found.group(1) or found.group(2)
-        raise UserError(
-            f"config.compiler_options: this version of the TPU compiler does not accept {name} "
-            f"({str(e).splitlines()[0][:200]}): remove or correct it, or use config.compiler_options={AUTO}"
-        ) from e
+        problem = f"this version of the TPU compiler does not accept {name} ({str(e).splitlines()[0][:200]})"
+        advice = f"remove or correct it, or use config.compiler_options={AUTO}"
+        raise UserError(f"config.compiler_options: {problem}: {advice}") from e
 
 
 def kept(workdir: epath.Path | None = None) -> epath.Path:

@@ -116,10 +116,9 @@ class Lock:
     def check(self, now: bool = False) -> None:
         """A RunError where another run has taken the workdir over, by the last renewal or, with `now`, by the file."""
         if self._lost.is_set() or (now and not self._is_mine()):
-            raise RunError(
-                f"another run has taken --workdir={self._workdir} over, because this one did not renew its lock for "
-                f"{STALE_AFTER_S:.0f} s (was it stopped?): this run ends, and writes nothing more there"
-            )
+            why = f"this one did not renew its lock for {STALE_AFTER_S:.0f} s (was it stopped?)"
+            problem = f"another run has taken --workdir={self._workdir} over, because {why}"
+            raise RunError(f"{problem}: this run ends, and writes nothing more there")
 
     def close(self) -> None:
         """Gives the workdir back."""

@@ -213,10 +213,8 @@ class Run:
                 self.checkpoints.abandon()
                 raise
             except OSError as e:
-                raise RunError(
-                    f"step {self.step}: {e}: check that {self.workdir} can be written and that there is space, then "
-                    "start again; the last checkpoint is kept"
-                ) from e
+                advice = f"check that {self.workdir} can be written and that there is space, then start again"
+                raise RunError(f"step {self.step}: {e}: {advice}; the last checkpoint is kept") from e
             if self.step < self.total:
                 self.stopped_by = self.preempted.signal or signal.SIGTERM
                 say(f"{self.stopped_by.name}: saved step {self.step}; the same command resumes from here")

@@ -96,10 +96,8 @@ def scales(table: Iterable[tuple[str, float]], names: Iterable[str]) -> dict[str
     for i, (pattern, _) in enumerate(table):
         # A catch-all pattern may be unused; any other unused pattern is a typing error.
         if i not in first.values() and pattern != ".*":
-            raise UserError(
-                f"config.trainable: the pattern {pattern!r} matches no parameter (or earlier patterns match all "
-                f"of them); parameters are named like {listing(list(first)[:3])}"
-            )
+            problem = f"the pattern {pattern!r} matches no parameter (or earlier patterns match all of them)"
+            raise UserError(f"config.trainable: {problem}; parameters are named like {listing(list(first)[:3])}")
     found = {n: float(table[i][1]) for n, i in first.items()}
     if not any(found.values()):
         raise UserError("config.trainable trains nothing: give at least one pattern a scale above 0")
@@ -156,10 +154,9 @@ class Towers:
             if tower not in (*names.TOWERS, *names.SCALARS):
                 raise UserError(f"towers() returns {tower!r}: return only vision, text, logit_scale and logit_bias")
             if wrong := names.misfits(tower, {n: a.shape for n, a in shapes.items()}, spec):
-                raise UserError(
-                    f"the {tower} tower of the objective is not that of config.backbone, they differ in "
-                    f"{listing(wrong, 5)}: towers() must return the plain tower, with adapters merged"
-                )
+                problem = f"the {tower} tower of the objective is not that of config.backbone"
+                advice = "towers() must return the plain tower, with adapters merged"
+                raise UserError(f"{problem}, they differ in {listing(wrong, 5)}: {advice}")
 
     def needs(self, tower: str) -> frozenset[str]:
         """Returns the names of the objective's parameters that a tower is computed from."""

