@@ -138,8 +138,7 @@ def hbm_traffic(op: Op, computation: Computation) -> int:
         return 0
     if op.kind in ("copy-start", "slice-start"):
         # The type is (destination, source, context) or ((sources), destination, context). The traffic is counted once.
-        moved = arrays(op.type)[1 if op.type.startswith("((") else 0]
-        return moved.size
+        return arrays(op.type)[1 if op.type.startswith("((") else 0].size
     touched = [a for o in op.operands if o in computation for a in arrays(computation[o].type)] + arrays(op.type)
     # S(1) is VMEM, other ones are on chip too.
     return sum(a.size for a in touched if not re.search(r"S\([1-9]", a.layout))

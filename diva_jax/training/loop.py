@@ -61,8 +61,7 @@ class Run:
         paths.check_writable(self.workdir, "--workdir")
         configs.validate(config, jax.device_count())
         if config.log.wandb and importlib.util.find_spec("wandb") is None:
-            problem = f"config.log.wandb={config.log.wandb!r} needs the package wandb"
-            raise UserError(f"{problem}: pip install -e '.[wandb]'")
+            raise UserError(f"config.log.wandb={config.log.wandb!r} needs the package wandb: pip install -e '.[wandb]'")
         self.saved = compiler.saved_in(saved) if saved else None
         compiler.use_cache(config.compile_cache, self.workdir)
         self.mesh = partition.make_mesh(config.mesh)
@@ -87,8 +86,7 @@ class Run:
         self.stopped_by: signal.Signals | None = None
         self.evaluator = None
         if config.eval.every and not self.finished:
-            data = evals.entries(config.eval.data, "config.eval.data")
-            self.evaluator = evaluator.Evaluator(config, self.mesh, data)
+            self.evaluator = evaluator.Evaluator(config, self.mesh, evals.entries(config.eval.data, "config.eval.data"))
         distributed.check_same(
             {
                 "the number of images in config.data.path": self.batches.get_state()["records"],

@@ -338,8 +338,7 @@ def open_run(workdir: epath.PathLike, step: int | None = None) -> ClipSource:
     tuned = sorted(t for t in towers if not run.program.towers.needs(t).isdisjoint(run.params))
     if not tuned:
         problem = f"has trained no parameter of {listing(sorted(towers))}, only {listing(sorted(run.params), 3)}"
-        advice = f"export the weights that it began with, {base.where}"
-        raise UserError(f"{workdir}, step {run.step}, {problem}: {advice}")
+        raise UserError(f"{workdir}, step {run.step}, {problem}: export the weights that it began with, {base.where}")
     described = paths.folder(workdir, "--workdir") / "checkpoints" / str(run.step) / "meta"
     problem = f"the checkpoint of step {run.step} in {workdir} was deleted while it was read, a run trains there"
     with explained(problem, "try again, or train with a larger config.checkpoint.keep", FileNotFoundError):

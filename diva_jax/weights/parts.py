@@ -59,8 +59,7 @@ def _alone(name: str) -> Table:
 def _part(config):
     """The row of `STABLE_DIFFUSION`, for FLUX's VAE too; any other class is a `presets.LatentCode` in place of it."""
     kind = VAEConfig if isinstance(config, FluxVAEConfig) else type(config)
-    row = STABLE_DIFFUSION.get(kind)
-    return row or ("vae", kind.build, Table("latent code"), ("diffusion_pytorch_model",))
+    return STABLE_DIFFUSION.get(kind) or ("vae", kind.build, Table("latent code"), ("diffusion_pytorch_model",))
 
 
 def open_tower(tower: str, source: origins.ClipSource, spec: Spec, field: str = "config.backbone") -> Opened:

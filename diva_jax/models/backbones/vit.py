@@ -44,8 +44,7 @@ class Vision(nnx.Module):
 
     def encode_dense(self, images: jax.Array, last: str = "plain") -> jax.Array:
         """Images as for `encode` -> patch tokens [B, P, D] in the text's space; `last` of `transformer.VARIANTS`."""
-        x = run_dense(self.blocks, self._embedded(images), last)
-        return self.proj(self.norm(x))[:, 1:]
+        return self.proj(self.norm(run_dense(self.blocks, self._embedded(images), last)))[:, 1:]
 
     def encode_early(self, images: jax.Array, layers: int) -> jax.Array:
         """Images as for `encode` -> patch tokens after this many blocks, without a norm, [B, P, width]."""
