@@ -21,7 +21,7 @@ from absl import flags
 from etils import epath
 
 from diva_jax import config as configs
-from diva_jax.common import cli, log, paths
+from diva_jax.common import cli, errors, log, paths
 from diva_jax.common.errors import RunError, UserError
 from diva_jax.costs import chips, hlo
 from diva_jax.training import compiler, partition
@@ -156,7 +156,7 @@ def report(config, topology: str, save: epath.PathLike | None = None, hlo_file: 
         raise RunError(
             f"the step compiles for {topology} in {seconds['compile']:.0f} s and needs {needed / _GIB:.2f} of "
             f"{chip.usable / _GIB:.2f} GiB, but its time is not known: jaxlib {importlib.metadata.version('jaxlib')} "
-            f"cannot read what libtpu {row['versions']['libtpu']} made of it ({paths.reason(e)})"
+            f"cannot read what libtpu {row['versions']['libtpu']} made of it ({errors.reason(e)})"
         ) from e
     if hlo_file:
         paths.write_whole(hlo_file, text)

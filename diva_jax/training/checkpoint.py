@@ -22,7 +22,7 @@ import orbax.checkpoint as ocp
 from absl import logging as absl_logging
 from etils import epath
 
-from diva_jax.common import json_files, paths
+from diva_jax.common import errors, json_files, paths
 from diva_jax.common.errors import RunError, UserError, explained
 from diva_jax.common.log import say
 from diva_jax.training import distributed
@@ -201,8 +201,8 @@ def restore_newest(workdir: epath.PathLike, abstract_state: Callable[[int], dict
                 reason = str(e)
             except Exception as e:  # tensorstore and orbax raise many types for files that are damaged.
                 if paths.is_remote(workdir) or distributed.is_lost(e):
-                    raise RunError(f"the checkpoint of step {step} cannot be read: {paths.reason(e)}") from e
-                reason = paths.reason(e)
+                    raise RunError(f"the checkpoint of step {step} cannot be read: {errors.reason(e)}") from e
+                reason = errors.reason(e)
             if not distributed.any_failed(reason is not None):
                 return Restored(step, *restored, unusable)
         unusable[step] = reason or "another process cannot read it"
@@ -242,7 +242,7 @@ def _reading(workdir: epath.PathLike, step: int):
     try:
         yield
     except Exception as e:
-        reason = str(e) if isinstance(e, Damaged) else paths.reason(e)
+        reason = str(e) if isinstance(e, Damaged) else errors.reason(e)
         problem = f"the checkpoint of step {step} in {workdir} cannot be read ({reason})"
         raise UserError(f"{problem}: use another one of {steps(workdir)}") from e
 
@@ -320,7 +320,7 @@ class Checkpoints(contextlib.AbstractContextManager):
                 if wait:
                     self._manager.wait_until_finished()
             except Exception as e:
-                reason = paths.reason(e)
+                reason = errors.reason(e)
             if not distributed.any_failed(reason is not None):
                 return
             reason, self._manager, wait = reason or "another process could not write its part", None, True
@@ -346,7 +346,7 @@ class Checkpoints(contextlib.AbstractContextManager):
             try:
                 self._manager.close()
             except Exception as e:
-                say(f"the last save failed: {paths.reason(e)}")
+                say(f"the last save failed: {errors.reason(e)}")
         self._manager = None
 
     def abandon(self) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from etils import epath
 
-from diva_jax.common import json_files, log, paths
+from diva_jax.common import errors, json_files, log, paths
 from diva_jax.common.errors import RunError, UserError, explained
 
 RENEWAL_INTERVAL_S = 10.0
@@ -128,4 +128,4 @@ class Lock:
             if self._is_mine():
                 self._path.unlink(missing_ok=True)
         except Exception as e:  # A store's own errors. The lock then ends because it is not renewed.
-            log.say(f"{self._path} could not be removed ({paths.reason(e)}); the next run takes it over")
+            log.say(f"{self._path} could not be removed ({errors.reason(e)}); the next run takes it over")
