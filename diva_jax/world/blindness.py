@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from PIL import Image
 
-from diva_jax.common.errors import UserError
+from diva_jax import world
 from diva_jax.data import preprocess, tokenizers
 from diva_jax.evals import encode, stats
 from diva_jax.evals.tasks import mmvp
@@ -200,11 +200,9 @@ def measure(tests: Tests, images: Callable[[np.ndarray], np.ndarray], texts: np.
 
 
 def _main() -> None:
-    out = flags.FLAGS.out
-    if not out:
-        raise UserError("--out is missing: give a folder for the pairs, e.g. --out=data/world_pairs")
+    out = world.folder(flags.FLAGS.out, "data/world_pairs")
     formats.refuse_taken(out)
-    write_pairs(Path(out), count=flags.FLAGS.pairs)
+    write_pairs(out, count=flags.FLAGS.pairs)
     print(f"wrote {flags.FLAGS.pairs} pairs for each of {len(scenes.FACTS)} facts to {out}")
 
 
