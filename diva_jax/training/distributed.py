@@ -59,6 +59,8 @@ def _not_met(seconds: float) -> str:
     from jax._src.distributed import global_state as met  # There is no public access to the detected values.
 
     everywhere = "start the same command on every machine (gcloud's --worker=all, tpu/launch.sh)"
+    if met.coordinator_address is None:  # The metadata of the cluster were still asked for.
+        return f"the processes of this run were not found within {seconds:g} s: {everywhere}"
     host, port = met.coordinator_address.rsplit(":", 1)
     reachable = met.process_id == 0
     with contextlib.suppress(OSError):
