@@ -324,7 +324,8 @@ def evaluate(
     data = mapping("data", data, "{'mmvp': 'data/MMVP_VLM'}")
     if not data:
         raise UserError("data is empty: give {task: path}, e.g. {'mmvp': 'data/MMVP_VLM'}")
-    out = None if out is None else paths.local(os.fspath(out), "out")
+    if out is not None:  # Before anything is evaluated, which may take hours.
+        paths.check_writable(out := paths.local(os.fspath(out), "--out"), "--out")
     configs.check_runs(source for _, sources in groups for source in sources)
     data = {task: os.fspath(path) for task, path in data.items()}
     summary, rows = evaluator.run(read_config(config, fields), weights, data, control, best)

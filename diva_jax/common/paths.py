@@ -49,7 +49,7 @@ def folder(path, flag: str) -> epath.Path:
     return remote
 
 
-def check_writable(folder: epath.Path, flag: str) -> None:
+def check_writable(folder: epath.Path | Path, flag: str) -> None:
     """A UserError where a local folder, or the nearest one above it, may not be written; nothing is written."""
     if is_remote(folder):
         return

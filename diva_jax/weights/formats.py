@@ -280,10 +280,11 @@ def write_open_clip(folder: str | Path, tensors: Mapping[str, np.ndarray], confi
 
 
 def refuse_taken(out: str | Path) -> None:
-    """Raises a UserError if `out` exists and is not an empty folder."""
+    """Raises a UserError if `out` exists and is not an empty folder, or may not be written."""
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out={out} exists already: remove it, or give another folder")
+    paths.check_writable(out, "--out")
 
 
 def _lock(folder: Path) -> int | None:
