@@ -137,8 +137,9 @@ def write_all(out: Path) -> None:
 def main() -> None:
     if not _OUT.value:
         raise UserError("--out is missing: give a folder, e.g. --out=data/tiny")
+    paths.check_writable(out := paths.local(_OUT.value, "--out"), "--out")
     jax.config.update("jax_platforms", "cpu")
-    write_all(paths.local(_OUT.value, "--out"))
+    write_all(out)
     print(
         "Wrote photos (tar shards), images (files), clip (open_clip folder) and stable-diffusion (diffusers folder) to "
         f"{_OUT.value}."
