@@ -12,6 +12,7 @@ A new task is a new module; nothing else changes. docs/EVALUATION.md describes t
 
 import abc
 import dataclasses
+import os
 import pkgutil
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
@@ -196,8 +197,8 @@ class Values(NamedTuple):
 
 
 def resolved(path: str) -> str:
-    """Returns where data is, for results.json: a `tfds:` spec as it is, else an absolute path."""
-    return path if path.startswith("tfds:") else str(Path(path).expanduser().resolve())
+    """Returns where data is, for results.json: an absolute path, or a spec such as that of tfds as it is."""
+    return str(Path(path).expanduser().resolve()) if os.path.exists(os.path.expanduser(path)) else path
 
 
 def set_and_folder(task: str, entry: str, sets: Collection[str]) -> tuple[str, Path]:

@@ -25,7 +25,7 @@ from diva_jax.common.errors import UserError, explained, listing
 from diva_jax.common.fields import at_least, field
 from diva_jax.common.json_files import packaged
 from diva_jax.data import images, sources
-from diva_jax.evals import Outcome, Settings, Task, encode, stats
+from diva_jax.evals import Outcome, Settings, Task, encode, resolved, stats
 from diva_jax.training import workdirs
 from diva_jax.training.step import Program, image_keys
 
@@ -84,7 +84,8 @@ class Feedback(Task):
             raise UserError(str(e).replace("config.data.path", "--data=feedback")) from e
         if len(source) < 2:
             raise UserError(f"--data=feedback={path} has {len(source)} images: give at least 2")
-        self.options, self.settings, self.data, self._source = FeedbackOptions(**section), settings, path, source
+        self.options, self.settings, self.data = FeedbackOptions(**section), settings, resolved(path)
+        self._source = source
         # Not the first ones: data sets are often sorted by class.
         order = np.random.default_rng(settings.seed).permutation(len(source))
         self._records = np.sort(order[: self.options.images])

@@ -151,6 +151,7 @@ def test_defaults_bad_values_and_unknown_fields():
     assert set(c) == {f.name for f in dataclasses.fields(Settings)} | set(TASKS) - {"retrieval"}
     settings, own = evals.parse(evals.default(), evals.names())
     assert settings == Settings() and list(own) == TASKS
+    assert [evals.resolved(path) for path in (f"{ROOT}/docs/..", "mix:1=a;2=b")] == [str(ROOT), "mix:1=a;2=b"]
     assert own["feedback"].to_dict() == c["feedback"] and not own["retrieval"]
     both = "set both, every to at least 1 and data to texts TASK=PATH, or neither"
     cases = [
