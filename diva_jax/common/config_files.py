@@ -15,6 +15,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from diva_jax.common import paths
 from diva_jax.common.errors import UserError, brief, listing, named_by_configs, place
 
 _CONFIGS = Path(__file__).parents[1] / "configs"
@@ -29,7 +30,7 @@ _trusts_all = False
 def find(name: str) -> Path:
     """The file of a config: a path, or the name of a config of this package: "vitl14", "vitl14.py",
     "configs/vitl14.py". A UserError where there is neither."""
-    path = Path(name).expanduser()
+    path = paths.expanded(name)
     own = _CONFIGS / f"{path.name.removesuffix('.py')}.py"
     if path.is_file():
         return path

@@ -99,11 +99,16 @@ def demo_hint(path: str) -> str:
     return "python -m diva_jax.demo --out=data/tiny writes it" if Path(path).parts[:2] == ("data", "tiny") else ""
 
 
+def expanded(path: str | os.PathLike) -> Path:
+    """The path with the user's home in place of a ~ at its beginning; one with an unknown user's stays as it is."""
+    return Path(os.path.expanduser(path))
+
+
 def local(path: str, flag: str) -> Path:
     """A folder on this machine; a UserError where it is in a bucket."""
     if is_remote(path):
         raise UserError(f"{flag}={path} must be a folder on this machine: copy it from there with gcloud storage cp")
-    return Path(path).expanduser()
+    return expanded(path)
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ import regex
 import tokenizers
 from tokenizers import models, pre_tokenizers, processors
 
-from diva_jax.common import json_files
+from diva_jax.common import json_files, paths
 from diva_jax.common.errors import UserError, brief, explained
 from diva_jax.models.backbones import TextSpec
 
@@ -178,7 +178,7 @@ def open_tokenizer(text: TextSpec, folder: str | Path, field: str = "") -> Token
     """The tokenizer of a text tower, texts -> int32 [N, context_length], from the files in a folder, which the config's
     `field` may name. A UserError says which are missing or broken, or that the vocabulary is larger than the tower's.
     """
-    folder, kind = Path(folder).expanduser(), text.tokenizer
+    folder, kind = paths.expanded(folder), text.tokenizer
     if kind != "clip" and kind not in _CLEAN:
         raise UserError(f"text.tokenizer={kind!r} is not known: use clip, siglip or xlm")
     needed, files = (_CLIP_NEEDS, _CLIP_FILES) if kind == "clip" else (_FOLDER_NEEDS, _FOLDER_FILES)

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from diva_jax.common import config_files, fields
+from diva_jax.common import config_files, fields, paths
 from diva_jax.common.errors import UserError, listing
 from diva_jax.common.fields import Rule, at_least, choice, field
 from diva_jax.data import labelled
@@ -198,7 +198,8 @@ class Values(NamedTuple):
 
 def resolved(path: str) -> str:
     """Returns where data is, for results.json: an absolute path, or a spec such as that of tfds as it is."""
-    return str(Path(path).expanduser().resolve()) if os.path.exists(os.path.expanduser(path)) else path
+    here = paths.expanded(path)
+    return str(here.resolve()) if os.path.exists(here) else path
 
 
 def set_and_folder(task: str, entry: str, sets: Collection[str]) -> tuple[str, Path]:
@@ -206,7 +207,7 @@ def set_and_folder(task: str, entry: str, sets: Collection[str]) -> tuple[str, P
     name, _, folder = entry.partition("=")
     if name not in sets or not folder:
         raise UserError(f"--data={task}={entry} must read SET=FOLDER with a set of {listing(list(sets))}")
-    if not (root := Path(folder).expanduser()).is_dir():
+    if not (root := paths.expanded(folder)).is_dir():
         raise UserError(f"--data={task}: {entry} is not a folder: give that of the set")
     return name, root
 

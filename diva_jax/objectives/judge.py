@@ -19,7 +19,6 @@ No label is used. The gradient goes into `vision` alone; `config.anchor` keeps w
 import dataclasses
 import functools
 from collections.abc import Mapping
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -27,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from diva_jax.common import paths
 from diva_jax.common.fields import at_least, between, choice, field, parse
 from diva_jax.data import inputs, preprocess
 from diva_jax.models.backbones.shared.transformer import Text
@@ -97,7 +97,7 @@ def chooser(o: JudgeOptions) -> inputs.Alternatives:
     """What makes the texts of a record; a UserError where a file that it needs is missing or wrong."""
     of_caption = o.neutral == "caption"
     if o.texts == "edits":
-        return inputs.Edits(o.count, of_caption, Path(o.lexicon).expanduser() if o.lexicon else inputs.LEXICON)
+        return inputs.Edits(o.count, of_caption, paths.expanded(o.lexicon) if o.lexicon else inputs.LEXICON)
     if o.texts == "records":
         return inputs.Listed(o.count, of_caption)
     return inputs.Classes.read(o.count, of_caption, o.classes, o.template)

@@ -75,7 +75,7 @@ def find(source: str, field: str) -> Place:
 def hub_id(source: str) -> str:
     """The id of the hub's repository that a source names; empty where it names a path."""
     repo = source.removeprefix("hf-hub:")
-    is_path = source.startswith("local-dir:") or (repo == source and Path(source).expanduser().exists())
+    is_path = source.startswith("local-dir:") or (repo == source and paths.expanded(source).exists())
     return "" if is_path or not _HUB_ID.fullmatch(repo) or Path(repo).suffix in (".pt", ".bin") else repo
 
 
@@ -87,7 +87,7 @@ def locate(source: str, field: str) -> Path | str:
     if paths.is_remote(source):
         problem = f"{field}={source!r} is not a local folder: mount the bucket (gcsfuse; MOUNT in tpu/env.sh)"
         raise UserError(f"{problem} or copy the weights, and set {field} to the local folder")
-    path = Path(source.removeprefix("local-dir:")).expanduser()
+    path = paths.expanded(source.removeprefix("local-dir:"))
     if not source.startswith("hf-hub:") and path.exists():
         return path
     if not (repo := hub_id(source)):

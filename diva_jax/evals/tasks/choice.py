@@ -11,6 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
+from diva_jax.common import paths
 from diva_jax.common.errors import UserError, listing
 from diva_jax.common.fields import choice, field
 from diva_jax.common.json_files import packaged
@@ -99,7 +100,7 @@ def scored(row: Published, items: list[Item]) -> Iterator[tuple[str, list[Item],
 def read_set(file: Path, row: Published, images: str, allow_partial: bool, task: str = "choice") -> list[Item]:
     """The checked items of a file; `images` is their folder, by default the file's. A UserError names the file and row
     that is wrong; another number of items than the published one is only allowed with `allow_partial`."""
-    items = read_items(file, row.layout, Path(images).expanduser() if images else file.parent, task)
+    items = read_items(file, row.layout, paths.expanded(images) if images else file.parent, task)
     if row.count is not None and not allow_partial:
         require_count(file, len(items), row.count, "the published set", "items", f"{task}.allow_partial")
     return items
@@ -131,7 +132,7 @@ class Choice(ItemTask):
     title, items, section_type, task = "Choices", "items", ChoiceOptions, "choice"
 
     def __init__(self, path: str, section: ConfigDict, settings: Settings):
-        self.options, self.settings, where = self.section_type(**section), settings, Path(path).expanduser()
+        self.options, self.settings, where = self.section_type(**section), settings, paths.expanded(path)
         self.sets: dict[str, list[Item]] = {}
         self._metrics: dict[str, tuple[str, Metric]] = {}
         self.metrics, self.count = {}, 0

@@ -6,11 +6,11 @@ entropy of the normalised singular values; it falls when an encoder collapses.
 """
 
 import dataclasses
-from pathlib import Path
 
 import numpy as np
 from ml_collections import ConfigDict
 
+from diva_jax.common import paths
 from diva_jax.common.errors import UserError
 from diva_jax.common.fields import at_least, field
 from diva_jax.data import labelled
@@ -53,15 +53,15 @@ class Drift(Task):
     title, items = "Drift", "images"
 
     def __init__(self, path: str, section: ConfigDict, settings: Settings):
-        root, self.settings, self.k = Path(path).expanduser(), settings, DriftOptions(**section).neighbours
+        root, self.settings, self.k = paths.expanded(path), settings, DriftOptions(**section).neighbours
         if not root.is_dir():
             raise UserError(f"--data=drift={path} is not a folder: give one with images in it")
-        paths = labelled.folder_images(root)
-        self.count, self.data = len(paths), str(root.resolve())
+        found = labelled.folder_images(root)
+        self.count, self.data = len(found), str(root.resolve())
         if self.count <= self.k + 1:
             problem = f"{root} has {self.count} images, too few for {self.k} neighbours of each"
             raise UserError(f"{problem}: give more images, or a smaller --config.eval.drift.neighbours")
-        self.images = labelled.image_files(paths, [None] * self.count, root, rgb=False)
+        self.images = labelled.image_files(found, [None] * self.count, root, rgb=False)
         self.metrics = {
             "effective_rank": {"title": "effective rank", "unit": ""},
             "cosine": {"title": "cosine to the embedding before", "unit": "", "better": ""},

@@ -12,7 +12,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from pydantic import Field
 
-from diva_jax.common import json_files
+from diva_jax.common import json_files, paths
 from diva_jax.common.errors import UserError, brief
 from diva_jax.common.fields import at_least, field
 from diva_jax.data import files, labelled
@@ -47,7 +47,7 @@ class Question(NamedTuple):
 
 def _root(path: str) -> tuple[Path, Path]:
     """(Questions.csv, the folder of images) of a data path."""
-    root = Path(path).expanduser()
+    root = paths.expanded(path)
     if root.name in (*FOLDERS, "Questions.csv"):
         root = root.parent
     questions = root / "Questions.csv"
@@ -125,11 +125,11 @@ class Mmvp(ItemTask):
 
     def __init__(self, path: str, section: ConfigDict, settings: Settings):
         self.options, self.settings, self.questions = MmvpOptions(**section), settings, read_questions(path)
-        paths = [q.image for q in self.questions]
-        self.images = labelled.image_files(paths, [None] * len(paths), paths[0].parent.parent, rgb=False)
+        shown = [q.image for q in self.questions]
+        self.images = labelled.image_files(shown, [None] * len(shown), shown[0].parent.parent, rgb=False)
         # A broken image is found before anything is loaded or scored.
         with ThreadPoolExecutor() as pool:
-            list(pool.map(self.images.read, range(len(paths))))
+            list(pool.map(self.images.read, range(len(shown))))
         self.data = str(_root(path)[0].parent.resolve())
         self.patterns, self.per_pattern = read_patterns(path)
         self.count = len(self.questions) // 2

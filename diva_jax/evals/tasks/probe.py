@@ -4,7 +4,6 @@ the pooled embeddings of a training split, of length one, and scored on a test s
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +11,7 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
+from diva_jax.common import paths
 from diva_jax.common.errors import UserError, listing
 from diva_jax.common.fields import Rule, above, at_least, field
 from diva_jax.data import labelled
@@ -140,7 +140,7 @@ def splits(path: str) -> tuple[str, str]:
             wrong = "names one split twice" if train == test else "has one split alone"
             raise UserError(f"--data=probe={path} {wrong}: it must read train=PATH,test=PATH")
         return train, test
-    root = Path(path).expanduser()
+    root = paths.expanded(path)
     name = next((name for name in ("test", "val") if (root / name).is_dir()), None)
     if name is None or not (root / "train").is_dir():
         raise UserError(f"{root} has no folders train and test: give one that has, or train=PATH,test=PATH")
@@ -168,13 +168,13 @@ class Probe(ClassificationTask):
 
     def __init__(self, path: str, section: ConfigDict, settings: Settings):
         self.options, self.settings = ProbeOptions(**section), settings
-        paths = splits(path)
-        self.train, self.test = (zeroshot.open_data(p, "probe") for p in paths)
+        given = splits(path)
+        self.train, self.test = (zeroshot.open_data(p, "probe") for p in given)
         _check_labels(self.train, self.test)
         self.train_labels = np.asarray(self.train.targets)
         if (k := self.options.neighbours) > len(self.train):
             raise UserError(f"config.eval.probe.neighbours={k} is more than the {len(self.train)} training images")
-        self.data = "train={},test={}".format(*map(resolved, paths))
+        self.data = "train={},test={}".format(*map(resolved, given))
         self._labels = int(self.train_labels.max()) + 1
         names = self.test.classes or []
         names = [*names, *map(str, range(len(names), self._labels))]

@@ -1,11 +1,10 @@
 """Image-text retrieval as CLIP_benchmark does it: recall@1, 5 and 10 in both directions. In image retrieval each
 caption is a query whose answer is its image; in text retrieval each image is one, answered by any of its captions."""
 
-from pathlib import Path
-
 import numpy as np
 from ml_collections import ConfigDict
 
+from diva_jax.common import paths
 from diva_jax.common.errors import UserError
 from diva_jax.data import labelled
 from diva_jax.evals import QUERIES, ItemTask, Settings, Values, encode
@@ -36,7 +35,7 @@ class Retrieval(ItemTask):
     title, items = "Retrieval", "images"
 
     def __init__(self, path: str, section: ConfigDict, settings: Settings):
-        where = Path(path).expanduser()
+        where = paths.expanded(path)
         if where.is_file() and where.suffix.lower() == ".csv":
             self.images = labelled.caption_csv(where)
         elif where.is_dir() and labelled.has_tars(where):

@@ -14,6 +14,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
+from diva_jax.common import paths
 from diva_jax.common.errors import UserError, brief, explained
 from diva_jax.common.fields import above, at_least, below, field, one_of
 from diva_jax.common.json_files import packaged
@@ -84,7 +85,7 @@ def class_names(given: str, subject: Set, root: Path) -> list[list[str]]:
     lines, objects = subject.names, root / "objectInfo150.txt"
     with explained(f"config.eval.segmentation.classes={given}", "set it to FILE.txt", UserError):
         if given:
-            lines = files.read_text(Path(given).expanduser()).splitlines()
+            lines = files.read_text(paths.expanded(given)).splitlines()
         elif not lines:
             lines = [line.split("\t")[-1] for line in files.read_text(objects).splitlines()[1:]]
     synonyms = [[n.strip() for n in line.split(",") if n.strip()] for line in lines if line.strip()]

@@ -5,12 +5,11 @@ import dataclasses
 import functools
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 from ml_collections import ConfigDict
 
-from diva_jax.common import log
+from diva_jax.common import log, paths
 from diva_jax.common.errors import UserError, listing
 from diva_jax.common.fields import field
 from diva_jax.common.json_files import packaged
@@ -107,7 +106,7 @@ def open_data(path: str, task: str = "zeroshot") -> labelled.Images:
     """tfds, tars in CLIP_benchmark's layout, or class folders; the form is detected from the path and its contents."""
     if path.startswith("tfds:"):
         return labelled.tfds(path)
-    root = Path(path).expanduser()
+    root = paths.expanded(path)
     if not root.is_dir():
         raise UserError(f"--data={task}={path} is not a folder: give tar shards, class folders or tfds:name/split")
     return labelled.tars(root, "cls", int) if labelled.has_tars(root) else labelled.class_folders(root)

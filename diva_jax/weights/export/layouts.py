@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from diva_jax.common import paths
 from diva_jax.common.errors import RunError, UserError, explained, listing
 from diva_jax.common.log import say
 from diva_jax.data import tokenizers
@@ -51,7 +52,7 @@ def with_tokenizer(source: ClipSource, spec: Spec, folder: str) -> ClipSource:
     """A source with the tokenizer's files of a folder; a UserError where that has none that fits the text tower."""
     if not spec.has_text:
         raise UserError("--tokenizer is for models with a text tower: leave it out, this one has none")
-    where = Path(folder).expanduser()
+    where = paths.expanded(folder)
     source = dataclasses.replace(source, tokenizer=origins.tokenizer_files(where))
     if lacks := _lacks(source, spec):
         raise UserError(f"--tokenizer={folder} has no tokenizer for transformers: it needs {lacks}")

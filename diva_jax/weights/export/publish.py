@@ -83,12 +83,12 @@ def scores_of(file: str, source: str, step: int | None) -> dict[str, Any]:
     that holds it. Returns {"file", "created", "reference": label of the weights that they are compared with or "",
     "rows": [{"task", "title", "unit", "score", "before", "difference"}]}; of a row's last three each is an entry of
     results.json or None. A UserError where the file cannot be read, or has no scores of these weights."""
-    path = Path(file).expanduser()
+    path = paths.expanded(file)
     path = path / "results.json" if path.is_dir() else path
     with explained(f"{path} is not a results.json of diva_jax.evaluate", "give that file", UserError):
         results = json_files.read(path, Results, "run the evaluation again")
-    here, weights = Path(source).expanduser().resolve(), [w for w in results.weights if w.source]
-    same = [w for w in weights if w.source == source or Path(w.source).expanduser().resolve() == here]
+    here, weights = paths.expanded(source).resolve(), [w for w in results.weights if w.source]
+    same = [w for w in weights if w.source == source or paths.expanded(w.source).resolve() == here]
     mine = [w.label for w in same if w.step == step]
     if not mine:
         known = [w.source + (f":{w.step}" if w.step is not None else "") for w in weights]
