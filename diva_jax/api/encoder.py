@@ -195,18 +195,18 @@ def _as_sequence(images: ImageLike | Sequence[ImageLike]) -> Sequence[ImageLike]
         if images.ndim not in (3, 4):
             problem = f"an array of images has the shape [N, H, W, 3], not {list(images.shape)}"
             raise UserError(f"{problem}: give PIL images of other modes, Image.fromarray(x)")
-        return np.asarray(images).reshape(-1, *images.shape[-3:])
+        return np.asarray(images) if images.ndim == 4 else np.asarray(images)[None]
     return images if hasattr(images, "__getitem__") else list(images)
 
 
 def as_image(given: ImageLike) -> Image.Image:
     """Returns an image as a PIL image; see `Encoder.preprocess`."""
-    if isinstance(given, Image.Image):
+    if isinstance(given, Image.Image) and all(given.size):
         return given
     if isinstance(given, str | os.PathLike):
         return read_file(given)
     array = np.asarray(given)
-    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[-1] != 3:
+    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[-1] != 3 or not array.size:
         problem = f"an image is a PIL image, a file or an array uint8 [H, W, 3], not {array.dtype} {list(array.shape)}"
         raise UserError(f"{problem}: give {_converted(array)}")
     return Image.fromarray(array)

@@ -77,7 +77,7 @@ def test_bad_images_are_one_sentence(encoder, tmp_path):
     (tmp_path / "broken.png").write_bytes(encoded(patch(0))[:40])
     for given, says in (
         (np.zeros((8, 8), np.uint8), r"has the shape .N, H, W, 3., not .8, 8."),
-        (np.zeros((2, 8, 8, 4), np.uint8), r"not uint8 .8, 8, 4."),
+        *((np.zeros((2, *s), np.uint8), "not uint8 .{}, {}, {}.".format(*s)) for s in ((8, 8, 4), (0, 8, 3))),
         (tmp_path / "none.png", "none.png cannot be read .*No such file.*: check the path"),
         ([tmp_path / "broken.png"], "broken.png cannot be read"),
         ([3], "not int64 .."),
