@@ -82,7 +82,11 @@ def test_two_processes_have_the_same_losses_and_scores(ran, files, photos, tmp_p
     ours, alone = evaluations(tmp_path / "two"), evaluations(ran)
     assert list(ours) == [0, TOTAL]
     for step, row in ours.items():
-        assert row == pytest.approx(alone[step], rel=2e-3, abs=1e-5)
+        # Nats are sums of differences, of which one may be next to zero.
+        largest = max(abs(v) for k, v in alone[step].items() if "nats" in k)
+        assert row.keys() == alone[step].keys()
+        for k, v in alone[step].items():
+            assert row[k] == pytest.approx(v, rel=2e-3, abs=1e-4 * largest if "nats" in k else 1e-5), k
     assert "evaluated step 5" in ends[0][1] and "evaluated" not in ends[1][1]
 
 

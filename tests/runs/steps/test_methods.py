@@ -71,7 +71,8 @@ def test_states_of_the_texts_of_classes_are_kept(tmp_path, monkeypatch):
     names = ["red ring", "blue cross", "red  ring", "green star", "small heart", "red cross and blue ring"]
     (tmp_path / "classes.json").write_text(json.dumps(names))
     c = models.base_config("judge")
-    c.update(steps=1, batch_size=8, judge=dict(texts="classes", classes=str(tmp_path / "classes.json"), count=5))
+    c.update(steps=1, batch_size=8)
+    c.judge.update(texts="classes", classes=str(tmp_path / "classes.json"), count=5, beta=100.0)
     c.data.update(path=records.path(3, count=20), threads=1)
     found, keys = [], jax.random.split(jax.random.key(4), 8)
     for limit in (len(names) + 1, len(names)):
