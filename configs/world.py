@@ -9,11 +9,16 @@ world.experiment writes: --config.teacher.source, .kuea.teacher.source or .diffu
 """
 
 from diva_jax import config
+from diva_jax.common import errors
 from diva_jax.world import arms
 
 
 def get_config(arg: str | None = None):
-    name = arg if arg in arms.ARMS and arg != "untuned" else "diva"
+    known = [name for name in arms.ARMS if name != "untuned"]
+    if arg and arg not in (*known, "exact", "faithful"):
+        advice = f"give one of {errors.listing(known, 50)}"
+        raise errors.UserError(errors.unknown("configs/world.py has no arm", [arg], known, advice))
+    name = arg if arg in known else "diva"
     c = arms.arm_config(arms.find(name), 0, arms.Budget())
     c.checkpoint.every, c.log.every = 200, 20
     return config.variant(c, None if arg == name else arg)

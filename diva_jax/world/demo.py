@@ -12,7 +12,8 @@ import sys
 from pathlib import Path
 
 from diva_jax import world
-from diva_jax.common.errors import RunError
+from diva_jax.common import json_files, paths
+from diva_jax.common.errors import RunError, UserError
 from diva_jax.common.log import say
 
 ARMS = ("judge", "judge_control", "diva")
@@ -73,11 +74,12 @@ def _run(command: list[str]) -> None:
 
 
 def demo(out: Path, overrides: list[str], pairs: int) -> None:
-    """Runs what is not done yet, with `pairs` per fact; `overrides` are flags that change the config.
-
-    Raises:
-      RunError: a command failed.
-    """
+    """Runs what is not done yet, with `pairs` per fact; `overrides` are flags that change the config. A UserError where
+    the folder was made with others; a RunError where a command failed."""
+    given, file = {"override": overrides, "pairs": pairs}, out / "flags.json"
+    if (there := json_files.read(file, dict, "remove it", given)) != given:
+        raise UserError(f"--out={out} was made with other flags ({there}): give the same ones, or another folder")
+    paths.write_whole(file, json.dumps(given))
     for done, command in commands(out, overrides, pairs):
         if not done.exists():
             _run(command)
@@ -99,6 +101,6 @@ if __name__ == "__main__":
 
     # Here and not above: other modules of this package define --out as well.
     flags.DEFINE_string("out", None, "Folder for everything that is written.")
-    flags.DEFINE_multi_string("override", [], "A flag that changes the config: --override=--config.steps=50.")
+    flags.DEFINE_multi_string("override", [], "A flag that changes the config, repeatable: --override=--config.steps=50.")
     flags.DEFINE_integer("pairs", 100, "Pairs per fact.", 1)
     cli.run(_main)
