@@ -137,7 +137,7 @@ class Progress:
         values = {k: float(np.asarray(v)) for k, v in metrics.items()}
         if bad := [k for k, v in values.items() if not math.isfinite(v)]:
             problem = f"step {step}: {' and '.join(bad)} not finite; stopped, the last checkpoint is from before"
-            raise RunError(f"{problem}: lower config.optim.lr or set config.dtype=float32, then start again")
+            raise RunError(f"{problem}: start another --workdir with a lower config.optim.lr or config.dtype=float32")
         self._window.append(values)
         if step % self._every == 0 or step == self._total:
             self._report(step)

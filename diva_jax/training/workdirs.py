@@ -82,7 +82,7 @@ def initial_arrays(
 # Fields that may differ when a run is resumed, because none of them affects what is learned.
 RESUMABLE = (
     *("log", "checkpoint", "eval", "mesh", "remat", "compile_cache", "compiler_options", "kernels", "profile"),
-    *("data.threads", "data.prefetch", "data.stall_timeout", "data.decode_gib"),
+    *("data.threads", "data.prefetch", "data.stall_timeout", "data.decode_gib", "data.max_broken_share"),
 )
 _NO_CONFIG = (AttributeError, KeyError, TypeError, ValueError)
 _VISIBLE_WITHIN_S = 60.0  # After which network file systems show a new file to every machine.
@@ -180,7 +180,7 @@ def choose_step(workdir: epath.PathLike, step: int | None = None, given: str = "
     newest = max(damaged, default=-1)
     if not there:
         broken = f" that can be read (that of step {newest}: {damaged[newest]})" if damaged else " yet"
-        raise UserError(f"{workdir} has no checkpoint{broken}: let the run save one")
+        raise UserError(f"{workdir} has no checkpoint{broken}: let the run save one, or correct the path")
     if step is None:
         if newest > there[-1]:
             why = f"the checkpoint of step {newest} is damaged ({damaged[newest]})"

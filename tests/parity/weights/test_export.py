@@ -122,7 +122,7 @@ def test_bad_workdirs(run, tmp_path, monkeypatch):
     refused("--weights=.*:3 has no checkpoint in .*: use one of 7", origins.find, f"{workdir}:3", "--weights")
     refused("--weights='.*/none' does not exist", origins.find, str(tmp_path / "none"), "--weights")
     (tmp_path / "config.json").write_text((workdir / "config.json").read_text())
-    refused("has no checkpoint yet", origins.open_run, tmp_path)
+    refused("has no checkpoint yet: .* or correct the path", origins.open_run, tmp_path)
     assert not (tmp_path / "checkpoints").exists()
     other = {"visual_proj/kernel": jax.numpy.ones(3)}
     read = checkpoint.restore_params

@@ -122,7 +122,7 @@ def test_more_steps_and_nothing_else_extend_a_run(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "latest_step", lambda _: 13)
     assert workdirs.check_config(tmp_path, of_steps()) is None
     assert workdirs.check_config(tmp_path, of_steps(steps=25)) == 10
-    assert workdirs.check_config(tmp_path, of_steps(steps=25, log__every=3, data__threads=2, checkpoint__keep=9)) == 10
+    assert workdirs.check_config(tmp_path, of_steps(steps=25, data__max_broken_share=0.5, checkpoint__keep=9)) == 10
     refused(r"steps \(10 there, 9 here\)", lambda: workdirs.check_config(tmp_path, of_steps(steps=9)))
     other = of_steps(steps=25, optim__lr=0.5, diva__draws=3)
     says = r"another config: diva.draws \(.*\), optim.lr \(0.01 there, 0.5 here\); use"
@@ -167,7 +167,7 @@ def test_not_finite_names_step_and_quantity(tmp_path):
     for bad, named in ((values(np.nan), "loss"), (values(1.0, np.inf), "grad_norm")):
         progress = metrics.Progress(None, 0, 9, every=1, images=1)
         progress.add(7, bad)
-        failed(f"step 7: {named} not finite", progress.flush)
+        failed(f"step 7: {named} not finite.*: start another --workdir with", progress.flush)
 
 
 def test_sessions_are_listed_and_rows_have_their_time(tmp_path, monkeypatch):
