@@ -99,7 +99,8 @@ def read_questions(path: str) -> list[Question]:
     rows = [(line, row) for line, row in files.csv_records(str(file), HEADER) if any(row.values())]
     names, pairs = read_patterns(path)
     if len(rows) != (expected := 2 * pairs * len(names)):
-        raise UserError(f"{file} has {len(rows)} questions, MMVP-VLM has {expected}: fetch the file again")
+        advice = f"fetch the file again, or say in {NAMES} beside it how many pairs of each pattern there are"
+        raise UserError(f"{file} has {len(rows)} questions, {expected} are wanted: {advice}")
     questions, seen = [_question(file, folder, line, row) for line, row in rows], {}
     for first, second in zip(questions[::2], questions[1::2], strict=True):
         if first.id % 2 != 1 or second.id != first.id + 1 or first.image.parent != second.image.parent:
