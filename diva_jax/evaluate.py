@@ -32,7 +32,7 @@ _BEST = flags.DEFINE_bool(
     "Names the best of several checkpoints of one run, and says how good the best of as many would be by chance.",
 )
 _TASK = flags.DEFINE_list("task", [], "Modules of diva_jax.evals.tasks, such as mmvp,choice, or dotted paths.")
-_DATA = flags.DEFINE_multi_string("data", [], "TASK=PATH for each task; PATH suffices if there is one task.")
+_DATA = flags.DEFINE_multi_string("data", [], "TASK=PATH, repeatable; PATH suffices if there is one task.")
 _OUT = flags.DEFINE_string("out", None, "Folder for results.json and predictions.csv.")
 cli.define_trust()
 

@@ -1,6 +1,7 @@
 """What every command shares: flags, `--config`, help, and how errors and signals end it."""
 
 import faulthandler
+import functools
 import logging as std_logging
 import os
 import re
@@ -34,6 +35,13 @@ _SIGNALS = {
     Terminated: (signal.SIGTERM, 143, "terminated"),
 }
 _FIELD_FLAG = re.compile(r"--?(?:no)?config\.([\w.]+)")
+# What absl, ml_collections and Python say of a flag -> what is said here.
+_SAID = {
+    r"invalid literal for int\(\).*": "it must be a whole number",
+    r"could not convert string to float.*": "it must be a number",
+    r"\('Non-boolean argument.*": "it must be True or False",
+    r"Found (--\S+) in argv before.*": r"\1 changes a field of --config, which must come before it",
+}
 # The flags that all commands have.
 _EVERYWHERE = {
     "help": "Print this; with --config=FILE also every field with its value.",
@@ -106,17 +114,20 @@ def _reason(e: Exception) -> str:
             f"config.{n}" for n in errors.nearest(e.flagname, fields.flatten(config or {}))
         ]
         return f"there is no flag --{e.flagname}" + (f"; did you mean --{' or --'.join(found)}?" if found else "")
-    return str(e.args[0]) if isinstance(e, KeyError) and e.args else str(e)
+    said = str(e.args[0]) if isinstance(e, KeyError) and e.args else str(e)
+    return functools.reduce(lambda text, pair: re.sub(*pair, text, flags=re.DOTALL), _SAID.items(), said)
 
 
 def _help(main: Callable, arguments: Sequence[str], describe: Describe | None) -> str:
     """The module's docstring, its flags and, with `--config`, all fields of the config with their values."""
     module, width = sys.modules[main.__module__], min(shutil.get_terminal_size().columns, 100)
     started = module.__name__ == "__main__"
-    name = f"python -m {module.__spec__.name.removesuffix('.__main__')}" if started else os.path.basename(sys.argv[0])
+    run = module.__spec__ if started else None  # None, too, where a script is run by its path.
+    name = f"python -m {run.name.removesuffix('.__main__')}" if run else os.path.basename(sys.argv[0])
     own = flags.FLAGS.flags_by_module_dict().get(sys.argv[0] if started else module.__name__, ())
 
     def entry(head: str, body: str) -> str:
+        body = body.partition(";\n")[0]  # What absl adds to flags that may be repeated.
         return f"  {head}\n{textwrap.fill(body, width, initial_indent=' ' * 6, subsequent_indent=' ' * 6)}"
 
     lines = [f"usage: {' '.join([name, *arguments, '[--FLAG=VALUE ...]'])}", "", module.__doc__.strip(), "", "flags:"]

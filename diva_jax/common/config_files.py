@@ -32,12 +32,12 @@ def find(name: str) -> Path:
     "configs/vitl14.py". A UserError where there is neither."""
     path = paths.expanded(name)
     own = _CONFIGS / f"{path.name.removesuffix('.py')}.py"
-    if path.is_file():
+    if path.is_file() and path.suffix == ".py":
         return path
     if path.parent.name in ("", "configs") and own.is_file():
         return own
     known = sorted(f.stem for f in _CONFIGS.glob("*.py"))
-    raise UserError(f"the config {name!r} does not exist: give a file, or the name of a config: {listing(known, 50)}")
+    raise UserError(f"there is no config file {name!r}: give a .py file, or the name of a config: {listing(known, 50)}")
 
 
 def read(config: str | os.PathLike) -> ConfigDict:

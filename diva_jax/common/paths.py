@@ -20,8 +20,8 @@ from diva_jax.common.errors import UserError, reason
 
 # A cached listing of a bucket is wrong as soon as another process, or tensorstore in this one, writes to it.
 fsspec.config.conf.setdefault("gs", {}).setdefault("use_listings_cache", False)
-# gcsfs warns at every call where the account lacks a right that nothing here needs.
-logging.getLogger("gcsfs").setLevel(logging.ERROR)
+# gcsfs warns at every call where the account lacks a right that nothing here needs, and logs errors that it raises.
+logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
 # A value that is a URL, whose query may hold anything; or the URLs within a text.
 _A_URL = re.compile(r"(?s)[A-Za-z][\w+.-]*://.*")
 _URLS = re.compile(r"[A-Za-z][\w+.-]*://\S+")

@@ -41,6 +41,11 @@ def test_shown(ended, case):
     assert len(flags) == len(set(flags))
 
 
+def test_the_help_of_a_script():
+    code, out, err = commands.run(ROOT / "bench/roundtrip.py", "--help", path=[ROOT / "bench"])
+    assert code == 0 and not err and out.startswith("usage: roundtrip.py [--FLAG=VALUE ...]")
+
+
 def test_every_config_of_the_repository_is_found_by_name():
     found, there = ({f.name for f in (ROOT / folder).glob("*.py")} for folder in ("diva_jax/configs", "configs"))
     assert found == there
