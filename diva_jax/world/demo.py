@@ -101,6 +101,6 @@ if __name__ == "__main__":
 
     # Here and not above: other modules of this package define --out as well.
     flags.DEFINE_string("out", None, "Folder for everything that is written.")
-    flags.DEFINE_multi_string("override", [], "A flag that changes the config, repeatable: --override=--config.steps=50.")
+    flags.DEFINE_multi_string("override", [], "A flag for the config, repeatable: --override=--config.steps=50.")
     flags.DEFINE_integer("pairs", 100, "Pairs per fact.", 1)
     cli.run(_main)
