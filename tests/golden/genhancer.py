@@ -1,7 +1,8 @@
 """Golden files of GenHancer (continuous): forward pass, gradients of both stages, and FLUX's encoder, on tiny modules.
 
 A case consists of NAME.npz (draws, weights, forward pass), NAME_grad1.npz and NAME_stage2.npz, and has its encoder in
-genhancer_vae.npz, all in one folder.
+genhancer_vae.npz, all in one folder. Latents are given where that has none. A tower may be SigLIP's; then all switches
+of it are faithful, but a merged tower has the adapter of the head's output, whose values are not zero in a file.
 """
 
 import dataclasses
@@ -48,14 +49,18 @@ def read_all(folder: Path, name: str):
         z = np.load(folder / f"{name}{end}.npz")
         arrays |= {k: z[k] for k in z.files if k != "meta"}
         meta |= json.loads(str(z["meta"]))
+    if "draw/posterior" not in arrays:
+        return arrays, meta, None, FluxVAEConfig(latent_channels=arrays["latents"].shape[-1])
     return arrays, meta, *encoder_of(np.load(folder / "genhancer_vae.npz"), name.removeprefix("genhancer_"))
 
 
-def settings(arrays, meta, vae: FluxVAEConfig, adapted: bool):
+def settings(arrays, meta, vae: FluxVAEConfig, adapted: bool, head_out: str = "faithful"):
     dit = meta["dit"]
     c = config.default(hf_spec(take(arrays, "w/model."), heads=HEADS), objective="genhancer")
     c.update(dtype="float32", frozen_dtype="float32")
+    c.data.latents = "" if "draw/posterior" in arrays else "given"
     c.genhancer.update(scale_factor=float(meta["scale_factor"]), guidance=float(meta["guidance"]))
+    c.genhancer.update(siglip_gelu="faithful", siglip_head_out=head_out)
     c.genhancer.stage2 = "all" if adapted else "none"
     sizes = dict(in_channels="in_channels", width="hidden_size", heads="num_heads", double_blocks="depth")
     sizes = {ours: dit[theirs] for ours, theirs in (sizes | dict(single_blocks="depth_single_blocks")).items()}
@@ -67,7 +72,7 @@ def settings(arrays, meta, vae: FluxVAEConfig, adapted: bool):
     return c
 
 
-def made(arrays, c, encoder: Tensors) -> tuple[partition.Skeleton, dict[str, jax.Array]]:
+def made(arrays, c, encoder: Tensors | None) -> tuple[partition.Skeleton, dict[str, jax.Array]]:
     module = abstract(lambda rngs: genhancer.Objective(c, rngs=rngs))
     skeleton, _ = partition.disassemble(module)
     tower = Tensors(from_hf(take(arrays, "w/model."), module.spec), [])
@@ -90,10 +95,12 @@ def computed(folder: Path, name: str) -> tuple[dict, dict]:
     """Returns the arrays of a case of a folder and what we compute of it, once for all its files."""
     a, meta, encoder, sizes = read_all(folder, name)
     pixels, freqs = jnp.asarray(a["pixels"]), a["f/freqs"]
-    posterior = jnp.asarray(a["draw/posterior"])
-    drawn = genhancer.GenHancerDraws(posterior, jnp.asarray(a["draw/t_normal"]), jnp.asarray(a["draw/noise"]))
+    drawn = (jnp.asarray(a.get(f"draw/{k}", a["latents"])) for k in ("posterior", "t_normal", "noise"))
+    drawn = genhancer.GenHancerDraws(*drawn)
     skeleton, weights = made(a, settings(a, meta, sizes, adapted=False), encoder)
-    latents = jax.jit(lambda w: skeleton.merge(w).latents(pixels, posterior))(weights)
+    latents = jnp.asarray(a["latents"])
+    if encoder is not None:
+        latents = jax.jit(lambda w: skeleton.merge(w).latents(pixels, drawn.posterior))(weights)
     loss = lambda module: module.forward(pixels, latents, drawn, freqs)  # noqa: E731
     trains = lambda n: not n.startswith(("vision/", "vae/"))  # noqa: E731
     (value, seen), grads = differentiate(skeleton, weights, trains, loss)
@@ -105,7 +112,8 @@ def computed(folder: Path, name: str) -> tuple[dict, dict]:
     scales = partition.scales(genhancer.stages(c)[-1].trainable, weights)
     (value, seen), grads = differentiate(skeleton, weights, lambda n: scales[n] > 0, loss)
     out |= {"loss2": value} | {f"f2/{k}": seen[k] for k in ("embed", "vec", "txt", "pred")}
-    return a, out | stage2(skeleton, skeleton.merge(weights), pixels, grads)
+    whole, weights = made(a, settings(a, meta, sizes, adapted=True, head_out="exact"), encoder)
+    return a, out | stage2(skeleton, whole.merge(weights), pixels, grads)
 
 
 def beside_the_forward(module, pixels, latents, seen, freqs) -> dict:
@@ -126,6 +134,8 @@ def beside_the_forward(module, pixels, latents, seen, freqs) -> dict:
     turns = np.stack([np.stack([cos, -sin], -1), np.stack([sin, cos], -1)], -2)
     t, guidance = seen["t"], jnp.full_like(seen["t"], module.options.guidance)
     found = dict(last_hidden=before, pooled=after[:, 0], txt_ids=ids[:, :1], img_ids=ids[:, 1:], guidance=guidance)
+    if module.spec.arch == "siglip":
+        found |= dict(last_hidden=after, pooled=seen["embed"])
     found |= {"dit.pe_embedder": np.broadcast_to(turns, (count, 1, *turns.shape)), "freqs": flow.frequencies()}
     found |= dict(timestep_code=flow.timestep_code(t, freqs), guidance_code=flow.timestep_code(guidance, freqs))
     half = flow.timestep_code(t.astype(jnp.bfloat16), freqs).astype(jnp.float32)
@@ -139,7 +149,7 @@ def generator(key: str, skeleton, grads) -> dict:
 
 
 def stage2(skeleton, module, pixels, grads) -> dict:
-    """Gradients with adapters, and the merged tower."""
+    """Gradients with adapters, and the merged tower of `module`."""
     everything = generator("grad2all", skeleton, grads)
     out = {k: v for k, v in everything.items() if not k.startswith("grad2all/dit.")}
     dit = [np.sum(np.square(v, dtype=np.float64)) for k, v in everything.items() if k not in out]
@@ -152,6 +162,8 @@ def stage2(skeleton, module, pixels, grads) -> dict:
     tower, width = adapters.merge(module.vision), module.spec.width
     out["f2/merged_embed"] = tower.encode(preprocess.normalise(pixels, module.spec.mean, module.spec.std)).pooled
     first = tower.blocks[0].attn.qkv
+    if module.spec.arch == "siglip":
+        out["merged/head_out.weight"] = tower.attn_pool.proj.kernel[...].T
     return out | {"merged/q0.weight": first.kernel[...].T[:width], "merged/q0.bias": first.bias[...][:width]}
 
 
