@@ -1,5 +1,7 @@
 """Recorded results of the authors' code of every method against our modules, and what the files do not pin."""
 
+from types import SimpleNamespace
+
 import check
 import jax
 import kuea as method
@@ -13,7 +15,6 @@ from places import TESTS
 from diva_jax.models.diffusion.vae import VAE, FluxVAEConfig
 from diva_jax.models.layers import abstract
 from diva_jax.objectives import kuea
-from diva_jax.objectives.shared import pairs
 from diva_jax.weights import formats, names, parts
 
 HERE = TESTS / "golden"
@@ -55,21 +56,24 @@ def test_trained_kernel_and_first_step():
     np.testing.assert_allclose(ours["trajectory/lr"], 1e-5 * np.array([1, 2, 3, 3, 2.25, 0.75]), rtol=1e-6)
 
 
+@pytest.mark.parametrize("side", (0, 1), ids=("encoder", "teacher"))
 @pytest.mark.parametrize("kernel", ("polynomial", "gaussian", "cosine"))
-def test_kernels_and_their_gradients_equal_torch(kernel):
+def test_kernels_and_their_gradients_equal_torch(kernel, side):
     x = np.random.default_rng(2).normal(size=(5, 7)).astype(np.float32)
     probe = np.random.default_rng(3).normal(size=(5, 5)).astype(np.float32)
     t = torch.from_numpy(x).requires_grad_()
-    power = (0.03 * t @ t.T + 0.19) ** 3
-    want, given = {
-        "polynomial": (power / torch.outer(power.diagonal(), power.diagonal()).sqrt(), (0.03, 0.19)),
-        "gaussian": (torch.exp(-(torch.cdist(t, t) ** 2) / (2 * 2.3**2)), (2.3,)),
-        "cosine": (torch.cosine_similarity(t[:, None], t, dim=-1), ()),
+    gamma, c, width = ((0.03, 0.19, 2.3), (1 / 7, 1.0, 3.1))[side]
+    power = (gamma * t @ t.T + c) ** 3
+    want = {
+        "polynomial": power / torch.outer(power.diagonal(), power.diagonal()).sqrt(),
+        "gaussian": torch.exp(-(torch.cdist(t, t) ** 2) / (2 * width**2)),
+        "cosine": torch.cosine_similarity(t[:, None], t, dim=-1),
     }[kernel]
     (want * torch.from_numpy(probe)).sum().backward()
-    ours = (lambda x: pairs.cosines(x, x)) if kernel == "cosine" else getattr(kuea, kernel)
-    close(ours(x, *given), want.detach().numpy(), 2e-6)
-    close(jax.grad(lambda x: (ours(x, *given) * probe).sum())(x), t.grad.numpy(), 1e-5)
+    module = SimpleNamespace(options=kuea.KueaOptions(kernel, 0.03, 0.19, 0, 1, 2.3, 3.1, kernel_params="faithful"))
+    ours = lambda x: kuea.Objective.kernels(module, x, x)[side]  # noqa: E731
+    close(ours(x), want.detach().numpy(), 2e-6)
+    close(jax.grad(lambda x: (ours(x) * probe).sum())(x), t.grad.numpy(), 1e-5)
 
 
 SIZES = dict(latent_channels=5, block_out_channels=(8, 16, 16), layers_per_block=1, norm_num_groups=4)

@@ -20,7 +20,6 @@ from diva_jax import config
 from diva_jax.common import log
 from diva_jax.costs import chips, hlo
 from diva_jax.models import attention, platform
-from diva_jax.models.diffusion.flow import Flow, FlowConfig
 from diva_jax.models.diffusion.unet import UNet, UNetConfig
 from diva_jax.models.diffusion.vae import VAE, VAEConfig
 from diva_jax.models.layers import Keys
@@ -58,18 +57,6 @@ def test_stable_diffusion_and_the_whole_step():
     exact = Program(c, jax.sharding.AbstractMesh((1, 1), ("data", "fsdp"))).flops()
     assert (exact.total() - exact["vae"]) / TERA == pytest.approx(3.83, rel=0.01)
     assert exact.keys() >= {"vae", "vision", "unet"}
-
-
-@pytest.mark.parametrize("side, forward, condition", [(14, 0.272, 0.546), (24, 0.810, 1.644)])
-def test_genhancers_denoiser(side, forward, condition):
-    given = ((1, side**2, 64), (1, 768), (1, 1, 4096))
-
-    def flow(model, x, vector, text):
-        return model(x, jnp.zeros(1), jnp.zeros(1), vector, text, (side, side))
-
-    make = functools.partial(Flow, FlowConfig())
-    assert traced(make, flow, *given) == pytest.approx(forward, rel=2e-3)
-    assert traced(make, flow, *given, wrt=(1, 2)) == pytest.approx(condition, rel=2e-3)
 
 
 @pytest.mark.parametrize("make, again", [

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from flax import nnx
 from helpers import abstract_mesh, close, randomise, refused, tensors
 from places import TESTS
@@ -180,6 +181,11 @@ def test_vae(options, height, width):
     with torch.no_grad():
         mean = theirs.encode(channels_first(x)).latent_dist.mean
     close(latents, options["scaling_factor"] * mean.movedim(1, -1).numpy(), 2e-5)
+    # A sample, with logarithms of the variance past the range that both clamp them to.
+    moments, noise = (40 * torch.randn(2, n, 5, 6, generator=torch.Generator().manual_seed(n)) for n in (8, 4))
+    posterior = DiagonalGaussianDistribution(moments)
+    want = options["scaling_factor"] * (posterior.mean + posterior.std * noise).movedim(1, -1)
+    close(VAEConfig.from_dict(options).latents(*(a.movedim(1, -1).numpy() for a in (moments, noise))), want, 1e-6)
     weights = tensors(theirs) | {"encoder.extra.weight": np.zeros(1)}
     del weights["encoder.conv_in.bias"]
     refused("missing: encoder.conv_in.bias; unknown: encoder.extra.weight", filled, "vae", options, weights)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import small
 import torch
 import transformers
 from eval_data import patch
@@ -159,6 +160,11 @@ def test_diffusers_and_transformers_read_the_generator():
     with torch.no_grad():
         states = text(torch.from_numpy(ids).long())[0]
         theirs = unet(torch.from_numpy(noisy).permute(0, 3, 1, 2), torch.from_numpy(t), states).sample
+        padded = tokenizer([""], padding="max_length", return_tensors="pt")
+        for value, mask in (("exact", None), ("faithful", padded["attention_mask"])):
+            c = small.with_fields(models.base_config("dcr"), {"dcr__text_mask": value, "diffusion__prompt": ""})
+            (found,) = small.program(c).objective.pretrained()["text_context"].open().tensors.values()
+            close(np.asarray(found), text(padded["input_ids"], attention_mask=mask)[0], 2e-5)
     with jax.default_matmul_precision("highest"):
         ours = nnx.jit(lambda m, x: m(x))(parts.load(str(folder), d.text_encoder), ids)
         np.testing.assert_allclose(ours, states.numpy(), atol=2e-5 * float(states.abs().max()))

@@ -1,20 +1,24 @@
 """Single methods: equations written out, draws, views, what each stage trains, and what cannot work."""
 
+import contextlib
 import itertools
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
 import small
-from helpers import refused, within
+from helpers import close, refused
 from records import encoded
 from specs import DINOV2
 
 from diva_jax import config, demo
 from diva_jax.data import preprocess
 from diva_jax.models import adapters, backbones
+from diva_jax.models.backbones import OPENAI_MEAN, OPENAI_STD
 from diva_jax.models.diffusion import flow
 from diva_jax.models.layers import Keys
 from diva_jax.objectives import judge, smartclip
@@ -34,22 +38,11 @@ def uniform(count: int, size: int = 28):
     return jnp.asarray(np.random.default_rng(1).uniform(size=(count, size, size, 3)), jnp.float32)
 
 
-def test_at_the_start_kuea_is_at_no_distance_from_the_original():
-    p = small.program(small.kuea_config(kuea__kernel="cosine", kuea__kernel_params="faithful"))
-    arrays = small.random_arrays(p)
-    arrays |= {n: arrays[n.replace("original/", "vision/")] for n in arrays if n.startswith("original/")}
-    losses = lambda trained: p.skeleton.merge({**arrays, **trained}).loss(small.batch(p, 0), None)  # noqa: E731
-    trained = {n: arrays[n] for n in p.trained}
-    (value, metrics), grads = jax.jit(jax.value_and_grad(losses, has_aux=True))(trained)
-    within(metrics["loss_clean"], 1e-9)
-    assert metrics["loss_kernel"] > 0 and value == pytest.approx(float(0.5 * metrics["loss_kernel"]), abs=1e-8)
-    assert all(np.isfinite(g).all() for g in grads.values())
-
-
 def test_the_teacher_has_its_own_input_or_the_backbones():
     module, p = made(small.kuea_config())
     found, alone = p.objective.inputs, small.program(config.faithful(small.kuea_config())).objective.inputs
-    assert {n: (x.size, x.resize) for n, x in found.items()} == {"image": (21, 0), "teacher": (18, 24)}
+    sizes = {n: (x.size, x.resize, x.resize_mode) for n, x in found.items()}
+    assert sizes == {"image": (21, 0, "shortest"), "teacher": (18, 24, "shortest")}
     assert {n: (x.size, x.resize) for n, x in alone.items()} == {"image": (21, 0)}
     batch = small.batch(p, 0)
     want, _ = module.forward(*(preprocess.to_float(batch[name]) for name in ("image", "teacher")))
@@ -159,28 +152,70 @@ def test_statistics_come_from_the_generator(tmp_path):
     refused("image_normalizer has no weights", workdirs.initial_arrays, p, wanted, every_source=False)
 
 
-def test_draws_depend_on_their_own_key_alone():
-    """Those of every image, whatever other images there are; and the adapters drop by them."""
-    module, _ = made(small.unclip_config(unclip__embed_drop=0.5))
-    keys = jax.random.split(jax.random.key(3), 40)
-    whole, part = module.draw(keys, (2, 3, 4)), module.draw(keys[7:9], (2, 3, 4))
-    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[7:9], b), whole, part)
-    assert 8 < int(whole.keep.sum()) < 32 and len(np.unique(whole.timesteps)) > 30
+# What is drawn as whole numbers from 0 on -> how many there are, and what is standard normal.
+WHOLE = dict(timesteps=1000, levels=1000, token_indices=small.SPEC.patches, keep=2)
+DRAWN = WHOLE | dict.fromkeys(("noise", "posterior", "embed_noise", "t"))
 
-    module, _ = made(small.genhancer_config(genhancer__lora__dropout=0.5))
-    keys, pixels = jax.random.split(jax.random.key(0), 8), uniform(8)
-    drawn, drop = module.draw(keys, (14, 14, 3))
-    other, _ = module.draw(keys[::-1], (14, 14, 3))
-    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[::-1], b), drawn, other)
-    assert drawn.noise.shape == (8, 49, 12) and drawn.posterior.shape == (8, 14, 14, 3)
 
-    def embed(keys=None):
-        with adapters.dropout(keys):
-            return np.asarray(module.forward(pixels, drawn.posterior, drawn)[1]["embed"])
+@pytest.mark.parametrize("name", ["small", "unclip", "dcr", "genhancer"])
+def test_draws_are_independent_and_depend_on_their_own_key_alone(name):
+    """Uniform, tokens with replacement, or standard normal; test_inputs.py has DCR's jitter."""
+    c, columns = getattr(small, f"{name}_config")(**{"unclip__embed_drop": 0.5} if name == "unclip" else {}), []
+    draw, keys = jax.jit(small.program(c).objective.draw, static_argnums=1), jax.random.split(jax.random.key(3), 20_000)
+    whole, some = (jax.tree_util.tree_leaves_with_path(draw(k, (2, 2, 1))) for k in (keys, keys[7:9]))
+    for (path, drawn), (_, alone) in zip(whole, some, strict=True):
+        if (field := jax.tree_util.keystr(path[-1:], simple=True)) in DRAWN:
+            # DIVA has two draws of each image.
+            drawn, alone = (np.moveaxis(np.asarray(a), int(name == "small"), 0) for a in (drawn, alone))
+            np.testing.assert_array_equal(drawn[7:9], alone)
+            columns.append(drawn.reshape(len(keys), -1))
+            x = drawn.ravel()
+            test = scipy.stats.chisquare(np.bincount(x)) if DRAWN[field] else scipy.stats.kstest(x, "norm")
+            assert test.pvalue > 1e-3 and DRAWN[field] in (None, len(np.unique(x))), field
+    # The correlation of 20,000 independent pairs has a standard deviation of 0.007.
+    together = np.corrcoef(np.concatenate(columns, axis=1).T)
+    assert len(together) > 4 and np.abs(together - np.eye(len(together))).max() < 0.04
 
-    assert np.abs(embed(drop) - embed()).max() > 1e-3 and np.abs(embed(drop) - embed(drop[::-1])).max() > 1e-3
-    without = module.latents(pixels, 0 * drawn.posterior)
-    assert np.abs(np.asarray(module.latents(pixels, drawn.posterior) - without)).max() > 1e-3
+
+KEYS = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 8))
+
+
+@pytest.mark.parametrize("name, passes", [("dcr", 2), ("genhancer", 1)])
+def test_adapters_drop_in_every_pass_of_the_tower(name, passes, monkeypatch):
+    p, given = small.program(getattr(small, f"{name}_config")(batch_size=8)), []
+    monkeypatch.setattr(adapters, "dropout", lambda keys: given.append(keys) or contextlib.nullcontext())
+    jax.eval_shape(lambda arrays, *rest: p.skeleton.merge(arrays).loss(*rest), p.arrays, p.abstract_batch(), KEYS)
+    assert len({id(k) for k in given if k is not None}) == passes
+
+
+def test_times_of_genhancer_are_rounded_where_that_is_faithful():
+    module, _ = made(small.genhancer_config(genhancer__time_precision="faithful", genhancer__scale_factor=0.5))
+    drawn, _ = module.draw(jax.random.split(jax.random.key(0), 4), (14, 14, 3))
+    _, seen = jax.jit(module.forward)(uniform(4), drawn.posterior, drawn)
+    np.testing.assert_allclose(seen["t"], 1 / (1 + np.exp(-drawn.t / 2)), rtol=1e-6)
+    want = module.denoiser.time_in(flow.timestep_code(seen["t"].astype(jnp.bfloat16)).astype(jnp.float32))
+    close(seen["dit.time_in"], want, 1e-5)
+
+
+# (objective, fields of its config, by quantity its dtype where models compute in bfloat16).
+ROUNDED = json.loads(Path(__file__).with_name("rounded.json").read_text())
+
+
+@pytest.mark.parametrize("name, fields, dtypes", ROUNDED)
+def test_what_bfloat16_rounds(name, fields, dtypes):
+    fields = dict(batch_size=8, dtype="bfloat16", frozen_dtype="bfloat16") | fields
+    p = small.program(getattr(small, f"{name}_config")(**fields))
+
+    def forward(arrays, *given):
+        module = p.skeleton.merge(arrays)
+        return module.forward(*module.draw_for(*given))
+
+    value, seen = jax.eval_shape(forward, p.arrays, p.abstract_batch(), KEYS)
+    assert value.dtype == jnp.float32 and {n: str(seen[n].dtype) for n in dtypes} == dtypes
+    assert {p.objective.unet.time_embedding.linear_1.dtype, *(p.arrays[n].dtype for n in p.trained)} == {jnp.float32.dtype}
+    assert p.arrays["unet/conv_in/kernel"].dtype == p.objective.unet.conv_in.dtype == jnp.bfloat16
+    abar = np.asarray(p.objective.alphas_cumprod(), np.float64)
+    assert (len(np.unique(abar[:100])), abar[1] == 1) == ((28, True) if len(fields) > 3 else (100, False))
 
 
 TILES = [(16, 16, 17, 16, 17), (16, 16, 40, 8, 17), (16, 16, 8, 2, 1)]
@@ -226,12 +261,13 @@ def test_each_stage_of_dcr_trains_its_own():
 
 def test_what_each_stage_of_genhancer_trains():
     def tiny(**fields):
-        return small.program(small.genhancer_config(**fields))
+        return small.program(small.genhancer_config(dtype="bfloat16", **fields))
 
     generator = {"project_clip", "project_t5", "denoiser"}
     for stage2, parts in (("only", {"vision"}), ("all", generator | {"vision"})):
         p = tiny(genhancer__stage2=stage2)
         assert [{n.split("/")[0] for n in p.active(i)} for i in (0, 1)] == [generator, parts]
+        assert {p.arrays[n].dtype for n in p.trained} == {jnp.dtype("float32")}
         assert not any("norm" in n or "embed" in n for n in p.active(1) if n.startswith("vision/"))
     p = tiny(genhancer__stage2="none")
     assert [s.name for s in p.stages] == ["stage1"] and not any("lora" in n for n in p.arrays)
@@ -239,6 +275,7 @@ def test_what_each_stage_of_genhancer_trains():
     assert [s.name for s in p.stages] == ["stage2"]
     dtypes = {(n.split("/")[0], str(a.dtype)) for n, a in p.arrays.items() if n.startswith(("denoiser/", "vae/"))}
     assert dtypes == {("denoiser", "bfloat16"), ("vae", "float32")}
+    assert p.objective.vae.encoder.conv_in.dtype == jnp.float32
     # The switches of SigLIP; faithful: tanh's GELU in the tower; the head's output has a trained bias and no adapter.
     base = "vision/attn_pool/proj"
     for value, activation, matrices in (("exact", "gelu", "ab"), ("faithful", "gelu_tanh", "")):
@@ -250,30 +287,24 @@ def test_what_each_stage_of_genhancer_trains():
         assert all("/mlp/fc" in n for n in pooled) and len(pooled) == 6
 
 
-def test_normalisation_and_the_space_of_the_jitter():
-    pixels = uniform(2)
-    nothing = (jnp.arange(4), jnp.array([1.0, 1, 1, 0]), jnp.array([0, 0, 28, 28]), jnp.array(False), jnp.array(False))
-    nothing = preprocess.Jitter(*(jnp.stack([x, x]) for x in nothing))
-    objective = small.program(small.dcr_config(spec=small.SIGLIP_28)).objective
-    view, plus = objective.views(pixels, nothing)
-    np.testing.assert_allclose(view, 2 * pixels - 1, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(plus, view, rtol=1e-4, atol=1e-5)
-    _, flipped = objective.views(pixels, nothing._replace(vflip=jnp.array([True, True])))
-    np.testing.assert_allclose(flipped, view[:, ::-1], rtol=1e-4, atol=1e-5)
-    faithful = small.dcr_config(spec=small.SIGLIP_28, dcr__tower_norm="faithful", dcr__plus_space="faithful")
-    view, plus = small.program(faithful).objective.views(pixels, nothing)
-    mean, std = np.array(backbones.OPENAI_MEAN), np.array(backbones.OPENAI_STD)
-    np.testing.assert_allclose(view, (pixels - mean) / std, rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(plus, np.clip(view, 0, 1), rtol=1e-4, atol=1e-5)
+@pytest.mark.parametrize("norm, stats", [("exact", [backbones.HALF] * 2), ("faithful", [OPENAI_MEAN, OPENAI_STD])])
+def test_siglip_has_its_own_mean_or_openais(norm, stats):
+    """In both views, here of black images, which no jitter changes; the golden files have a CLIP."""
+    module = small.program(small.dcr_config(spec=small.SIGLIP_28, dcr__tower_norm=norm)).objective
+    jitter, black = preprocess.draw_jitter(jax.random.split(jax.random.key(0), 2), 28), jnp.zeros((2, 28, 28, 3))
+    for view in module.views(black, jitter):
+        np.testing.assert_allclose(view, preprocess.normalise(black, *stats), rtol=1e-5)
 
 
 def test_groups_are_consecutive_images():
     """The loss of two groups is the mean of that of each with itself, in one program."""
     module, _ = made(small.dcr_config(batch_size=8))
     pixels, drawn = uniform(8), module.draw(jax.random.split(jax.random.key(0), 8), (14, 14, 4))
-    loss = jax.jit(lambda *given: module.forward(*given)[0])
+    forward = jax.jit(module.forward)
+    loss, seen = forward(pixels, drawn)
     twice = [jax.tree.map(lambda a, i=i: jnp.concatenate([a[i : i + 4]] * 2), (pixels, drawn)) for i in (0, 4)]
-    np.testing.assert_allclose(loss(pixels, drawn), np.mean([loss(*given) for given in twice]), rtol=2e-5)
+    np.testing.assert_allclose(loss, np.mean([forward(*given)[0] for given in twice]), rtol=2e-5)
+    np.testing.assert_array_equal(seen["goal"], drawn.noise)  # Which this U-Net predicts.
 
 
 def test_projector_alone_reconstructs():
@@ -300,9 +331,11 @@ def test_tokens_of_a_grid_that_is_not_square():
 
 
 def test_initial_values_are_those_of_pytorch():
-    """U(+-1/sqrt(fan in)) for weights and biases; zero_out clears modulations and the output alone."""
+    """U(+-1/sqrt(fan in)) for weights and biases, DIVA's too; zero_out clears modulations and the output alone."""
     sizes = dict(width=36, heads=3, axes=(4, 2, 6), in_channels=12, vector_dim=20, text_dim=28)
     _, arrays = partition.disassemble(flow.Flow(flow.FlowConfig(**sizes), rngs=Keys(1)))
+    of_diva = jax.jit(lambda: partition.disassemble(small.program(small.small_config()).init_module().visual_proj)[1])
+    arrays |= {f"visual_proj/{n}": a for n, a in of_diva().items()}
     for name, array in arrays.items():
         if name.endswith("scale"):
             np.testing.assert_array_equal(array, 1.0)

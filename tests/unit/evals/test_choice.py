@@ -183,6 +183,7 @@ def test_scores_patterns_and_rows_are_those_of_the_pairs(original):
         assert row["correct"] == (row["truth"] == row["predicted"]) and row["truth"] == (1 if row["item"] % 2 else 2)
         assert row["predicted"] == (0 if abs(row["score"] - 0.5) < 1e-9 else 1 if row["score"] > 0.5 else 2)
         assert row["score"] == pytest.approx(1 / (1 + np.exp(row["logit_image_2"] - row["logit_image_1"])))
+    assert rows[0]["logit_image_1"] == pytest.approx(100 * draws["published"][0][0] @ unit(texts)[0], abs=1e-4)
     assert ties > 20 and rows[31]["file"] == "Presence/32.jpg" and rows[31]["pair"] == 15
 
 

@@ -14,6 +14,7 @@ from helpers import refused
 
 from diva_jax import config, objectives
 from diva_jax.common.errors import UserError
+from diva_jax.models.backbones import Features
 from diva_jax.objectives import Stage, diva, judge, salm, unclip
 from diva_jax.objectives.shared import pairs
 from diva_jax.objectives.shared.stable_diffusion import weighted_sum
@@ -151,18 +152,6 @@ def test_value_and_gradients_equal_the_plain_sum():
     assert str(fewer).count("dot_general") < str(jax.make_jaxpr(ours)(params)).count("dot_general")
 
 
-def test_draws_are_uniform_with_replacement_and_differ_by_image():
-    keys = jax.random.split(jax.random.key(1), 400)
-    drawn = np.asarray(diva.draw_token_indices(keys, "random:50", 15))
-    assert drawn.shape == (400, 50) and drawn.min() == 0 and drawn.max() == 14
-    counts = np.bincount(drawn.ravel(), minlength=15)
-    expected = drawn.size / 15
-    assert ((counts - expected) ** 2 / expected).sum() < 36.1  # chi-squared, 14 degrees of freedom, p = 0.001
-    assert all(len(set(row)) < 50 for row in drawn), "without replacement there would be no repeats"
-    assert len({tuple(row) for row in drawn}) == 400
-    assert diva.draw_token_indices(keys, "all", 15) is None
-
-
 def test_relations_without_an_image_itself_and_token_wise_text():
     """The losses over pairs themselves are compared with PyTorch in tests/parity."""
     rng, left_out = np.random.default_rng(0), np.eye(5, dtype=bool)
@@ -171,6 +160,8 @@ def test_relations_without_an_image_itself_and_token_wise_text():
     p, q = (a / a.sum(axis=1, keepdims=True) for a in (p, q))
     want = (p * np.log(np.where(left_out, 1, p / np.where(left_out, 1, q)))).sum() / 5
     assert float(pairs.relation(jnp.asarray(x), jnp.asarray(t), 0.3, False)) == pytest.approx(want, rel=1e-4)
+    tokens = Features(jnp.arange(8.0)[None, :, None], jnp.full((1, 1), 9.0))
+    assert diva.select_tokens(tokens, "runs:3").ravel().tolist() == [9, 1, 4]  # The last two are left out.
     diva.check_fit("random:76", "token", 256, 77)
     refused("select=random:76", diva.check_fit, "all", "token", 256, 77)
 
