@@ -212,7 +212,8 @@ def test_what_bfloat16_rounds(name, fields, dtypes):
 
     value, seen = jax.eval_shape(forward, p.arrays, p.abstract_batch(), KEYS)
     assert value.dtype == jnp.float32 and {n: str(seen[n].dtype) for n in dtypes} == dtypes
-    assert {p.objective.unet.time_embedding.linear_1.dtype, *(p.arrays[n].dtype for n in p.trained)} == {jnp.float32.dtype}
+    kinds = {p.objective.unet.time_embedding.linear_1.dtype, *(p.arrays[n].dtype for n in p.trained)}
+    assert kinds == {jnp.float32.dtype}
     assert p.arrays["unet/conv_in/kernel"].dtype == p.objective.unet.conv_in.dtype == jnp.bfloat16
     abar = np.asarray(p.objective.alphas_cumprod(), np.float64)
     assert (len(np.unique(abar[:100])), abar[1] == 1) == ((28, True) if len(fields) > 3 else (100, False))
