@@ -42,7 +42,7 @@ _MAX_OPEN_SHARDS = 256
 _MAX_SHARDS = 10**6
 _AGAIN = "make the cache of this config and data with python -m diva_jax.cache_latents"
 # Records that are compared with the data when a cache is opened.
-_PROBED = 16
+PROBED = 16
 
 
 class Entry(NamedTuple):
@@ -75,8 +75,7 @@ def checksum(record, with_text: bool) -> int:
 
 class Manifest(Record):
     """latents.json: what a cache holds. `facts` are what the moments depend on beside images and boxes (the VAE, its
-    weights, the crop setting), `crops` the number of each record's, `seed` that of the boxes, `shape` that of the
-    moments."""
+    weights, the crop setting), `crops` the number of each record's, `seed` the boxes', `shape` the moments'."""
 
     format: Literal[1] = 1
     facts: dict[str, Any]
@@ -153,9 +152,9 @@ def is_complete(path: Path, entries: int) -> bool:
 
 
 class Cache:
-    """A complete cache on this machine, read from any number of threads; `facts` are what this run's moments depend on,
+    """A cache on this machine, read from any number of threads; `facts` are what this run's moments depend on,
     `shapes` those of its arrays, if there are others. `with_text`: whether captions are among them. A UserError, which
-    names `config.data.latents`, where it is missing, not complete or of other facts."""
+    names `config.data.latents`, where it is missing or of other facts."""
 
     def __init__(self, folder: str, facts: Mapping[str, Any], shapes: Mapping | None = None, with_text: bool = False):
         self._folder = paths.local(folder, "config.data.latents")
@@ -167,18 +166,20 @@ class Cache:
         self._shapes = shapes or {"moments": manifest.shape}
         if wrong := differences(manifest.facts, facts):
             raise UserError(f"{self._named} was made with other settings: {listing(wrong, 3)}; {_AGAIN}")
-        there = set(os.listdir(self._folder))
-        if missing := [name for name in map(manifest.file, range(manifest.shards)) if name not in there]:
-            lacking = f"{len(missing)} of its {manifest.shards} shards ({listing(missing, 2)})"
-            raise UserError(f"{self._named} lacks {lacking}: {_AGAIN}")
         self._reader = functools.lru_cache(maxsize=_MAX_OPEN_SHARDS)(_open)
 
-    def check(self, source: Source) -> None:
-        """Compares some records, spread over all, with those that the cache was made of; a UserError if they differ."""
-        n, there = self.manifest.records, len(source)
-        if there != n:
-            raise UserError(f"{self._named} was made of {n} images, and config.data.path has {there}: {_AGAIN}")
-        for record in np.unique(np.linspace(0, n - 1, _PROBED, dtype=np.int64)):
+    def check(self, source: Source, records: Iterable[int] | None = None) -> None:
+        """Compares some records, by default spread over all, with those that the cache was made of. A UserError if they
+        differ, or the cache, where no records are given, is not complete."""
+        m, there = self.manifest, len(source)
+        if there != m.records:
+            raise UserError(f"{self._named} was made of {m.records} images, and config.data.path has {there}: {_AGAIN}")
+        if records is None:
+            there, records = set(os.listdir(self._folder)), np.unique(np.linspace(0, m.records - 1, PROBED, dtype=int))
+            if missing := [name for name in map(m.file, range(m.shards)) if name not in there]:
+                lacking = f"{len(missing)} of its {m.shards} shards ({listing(missing, 2)})"
+                raise UserError(f"{self._named} lacks {lacking}: {_AGAIN}")
+        for record in records:
             entry = self._entry(int(record), 0)
             try:
                 found = checksum(source.read(int(record), with_text=self._with_text), self._with_text)

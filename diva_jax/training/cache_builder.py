@@ -46,8 +46,7 @@ def open_cache(program: Program) -> Cache | None:
 class Builder:
     """Writes a cache of latents, or what is missing of it. Each process writes every P-th shard of `per_shard` images.
     `out` is one local or mounted folder for all processes; `batch` images are encoded by a device at the same time. A
-    UserError where the objective has nothing to cache, the config or the data is invalid, or `out` holds another
-    cache."""
+    UserError where there is nothing to cache, the config or the data is invalid, or `out` holds another cache."""
 
     def __init__(self, config, out: str, crops: int, per_shard: int, batch: int):
         self.folder = paths.local(out, "--out")
@@ -100,6 +99,9 @@ class Builder:
             raise UserError(f"{problem}: use a larger disk, or fewer --crops")
         seen = workdirs.seen(self.folder / FILE)
         distributed.check_same({"the manifest in --out, which must be one folder for all processes": seen})
+        kept = [m.range(s).start for s in self.mine if s not in missing][: latent_cache.PROBED]
+        with explained(f"{self._named} holds another cache", "use another folder", UserError):
+            Cache(str(self.folder), m.facts, None, self._with_text).check(self._source, kept)
         return missing
 
     def _crops(self, record: int) -> list[tuple[Entry, dict[str, np.ndarray] | None]]:
