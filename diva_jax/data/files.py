@@ -54,8 +54,7 @@ def kind_of(name: str) -> str | None:
 
 
 def no_path(cell: str, allow_urls: bool = True) -> str:
-    """Why the text of a table's cell is not taken for the path of an image, as one with an image in base64; empty where
-    it is."""
+    """Why the text of a table's cell, such as an image in base64, is not taken for a path; empty where it is."""
     if len(cell) > _MAX_PATH:
         return f"a text of {len(cell)} characters is no path: write images as files, or as bytes in Parquet"
     if not is_remote(cell) or allow_urls:
@@ -154,18 +153,20 @@ def names_in(folder: str) -> list[str]:
 
 
 def walk(folder: str) -> list[str]:
-    """Every file below a folder, sorted. Links to folders are followed, each real folder once."""
+    """Every file below a folder and those that it links to, each once, sorted; a UserError where one is unreadable."""
     if is_remote(folder):
         fs, inside = _file_system(folder)
         return sorted(fs.unstrip_protocol(p) for p in fs.find(inside))
-    paths, visited = [], set()
-    for here, folders, names in os.walk(folder, followlinks=True):
+    paths, visited, lost = [], set(), []
+    for here, folders, names in os.walk(folder, onerror=lost.append, followlinks=True):
         real = os.path.realpath(here)
         if real in visited:
             folders.clear()
             continue
         visited.add(real)
         paths.extend(os.path.join(here, name) for name in names)
+    if lost:
+        raise UserError(f"the folder {lost[0].filename} cannot be read ({lost[0].strerror}): make it readable")
     return sorted(paths)
 
 

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterator
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from diva_jax.common.errors import UserError, explained
 from diva_jax.common.json_files import open_regular
@@ -111,7 +111,10 @@ def decode(data: bytes, rgb: bool = True) -> Image.Image:
     pixels. `rgb` converts at once, as webdataset and torchvision's folders do; otherwise the image keeps its mode, and
     `prepare` converts it after resizing, as open_clip does, which differs for palettes and alpha channels. 16 bits per
     pixel become 8. Pillow's plugins raise many types for a broken image."""
-    image = Image.open(io.BytesIO(_without_texts(data)), formats=FORMATS)
+    try:
+        image = Image.open(io.BytesIO(_without_texts(data)), formats=FORMATS)
+    except UnidentifiedImageError as e:
+        raise ValueError(f"it is no image of {', '.join(FORMATS)}") from e
     _check_size(image)
     image.load()
     if image.mode.startswith("I;16"):  # Pillow's conversion would cut values off at 255.

@@ -196,9 +196,9 @@ class TfdsSource:
         import tensorflow_datasets as tfds  # Slow to import, and only this source needs it.
 
         self._where = f"{flag}={spec!r}"
-        advice = "prepare it first with tfds.builder(name, file_format='array_record').download_and_prepare()"
+        prepare = "prepare it first with tfds.builder(name, file_format='array_record').download_and_prepare()"
         # tfds raises a different type for each of missing name, split, folder, format.
-        with explained(f"{self._where} cannot be read", advice, Exception):
+        with explained(f"{self._where} cannot be read", f"{prepare}, or name its folder, ?data_dir=...", Exception):
             builder = tfds.builder(name, data_dir=self.options.get("data_dir"))
             self.features = builder.info.features
             images = [key for key, feature in self.features.items() if type(feature) is tfds.features.Image]
@@ -211,6 +211,8 @@ class TfdsSource:
             self.has_text = self._text is not None
             texts = "texts" if "texts" in self.features else None
             self._texts = self._chosen("texts", "feature", self.features) or texts
+        advice = f"name a split, or slice of one, that has records; if the format is another one, {prepare}"
+        with explained(f"{self._where}: the split cannot be read", advice, Exception):
             # The encoded bytes: decoding and its errors belong to the pipeline.
             self._records = builder.as_data_source(split=split, decoders={self._image: tfds.decode.SkipDecoding()})
         if not len(self):

@@ -54,6 +54,8 @@ def test_image_folder_is_recursive_and_sorted(tmp_path):
     assert isinstance(source, FolderSource)
     want = [*((name, name.encode()) for name in own), ("link/4.gif", b"../linked/4.gif")]
     assert [source.read(i)[:2] for i in range(5)] == want and names(open_source(f"{root}/")) == names(source)
+    with mock.patch("os.scandir", side_effect=PermissionError(13, "Permission denied", "b")):
+        refused(r"the folder b cannot be read \(Permission denied\): make it readable", open_source, str(root))
     os.rename(root, tmp_path / "plain")
     assert names(open_source(f"{tmp_path}/plain/b/*")) == [f"{tmp_path}/plain/b/{n}" for n in ("1.JPG", "2.png")]
 
@@ -107,8 +109,8 @@ def test_tfds_without_tensorflow(tmp_path):
         ("tfds:tagged/train?data_dir={dir}", r"2 image features \(image, mask\)"),
         ("tfds:tagged/train?data_dir={dir}&image=label", "no image feature 'label'"),
         ("tfds:tagged/train?data_dir={dir}&image=mask&text=words", "no feature 'words', only image, mask, label"),
-        ("tfds:tagged/test?data_dir={dir}&image=mask", "cannot be read"),
-        ("tfds:no_such_set/train?data_dir={dir}", "cannot be read"),
+        ("tfds:tagged/test?data_dir={dir}&image=mask", "the split cannot be read .Unknown split .*: name a split"),
+        ("tfds:no_such_set/train?data_dir={dir}", "cannot be read .*: prepare it first .* or name its folder"),
     ):
         assert "config.data.path" in refused(complaint, open_source, spec.format(dir=tmp_path))
 
@@ -214,7 +216,7 @@ def test_rows_are_named_and_columns_chosen_by_option(folder):
 @pytest.mark.parametrize("kind", ("csv", "parquet", "save_to_disk"))
 def test_broken_rows_are_skipped_and_named(folder, kind, caplog):
     """Rows 3, 5 and 7: without an image, with a broken one, without a caption."""
-    says, paths = ("no image", "cannot identify", "no caption"), list(PATHS)
+    says, paths = ("no image", "it is no image of JPEG, ", "no caption"), list(PATHS)
     images = [None if i == 3 else b"broken" if i == 5 else image for i, image in enumerate(IMAGES)]
     captions = [None if i == 7 else c.partition("\n")[0] for i, c in enumerate(CAPTIONS)]
     if kind == "csv":
