@@ -188,7 +188,7 @@ def _own(row: _Row) -> Item:
     right = sorted({(int(i), int(t)) for i, t in pairs})
     shown, said = (len({pair[side] for pair in right}) for side in (0, 1))
     if shown < counts[0] or (counts[0] > 1 and said < min(counts[1], 2)):
-        raise UserError(f"{row.where}: an image has no text that belongs to it: complete 'pairs'")
+        raise UserError(f"{row.where}: an image has no text that belongs to it: complete 'pairs' or 'right'")
     if len(right) == counts[0] * counts[1]:
         raise UserError(f"{row.where}: everything belongs together: add a wrong text or image")
     groups = dict.fromkeys(("class", "pattern"), str(row.value["class"])[:100]) if "class" in row.value else {}
@@ -225,10 +225,13 @@ def _csv_items(file: Path) -> Iterable[tuple[str, Any]]:
     """(where, row) of each item of a CSV file, as objects of the JSON form. It has the columns item, image, text and
     right (1: they belong together, 0: they do not); the rows of one item have the same text in `item`."""
     items: dict[str, tuple[str, dict]] = {}
+    said: dict[tuple[str, ...], str] = {}
     for line, row in files.csv_records(str(file), _CSV_COLUMNS):
         where = f"{file}, line {line}"
         if row.get("right") not in ("0", "1") or not all(row.get(c, "").strip() for c in _CSV_COLUMNS[:3]):
             raise UserError(f"{where}: item, image and text must hold something, right must be 0 or 1: correct the row")
+        if said.setdefault(tuple(row[c] for c in _CSV_COLUMNS[:3]), row["right"]) != row["right"]:
+            raise UserError(f"{where}: this item has the image and text before, with another 'right': correct the rows")
         _, item = items.setdefault(row["item"], (where, {"images": [], "texts": [], "pairs": []}))
         for kind in ("image", "text"):
             if row[kind] not in item[f"{kind}s"]:

@@ -52,8 +52,7 @@ def check(name: str, members: Sequence[Place]) -> None:
 def student(after: Sequence[float], before: Sequence[float] = (0.0,)) -> list[float] | None:
     """Student's 95% interval of the difference of two means over runs, with Welch's degrees of freedom.
 
-    A side with a single value counts as known exactly. Returns [low, high] in the unit of the values; None where both
-    sides have one value."""
+    A side with a single value counts as known exactly. Returns [low, high], or None where both sides have one value."""
     from scipy.special import stdtrit
 
     sides = [np.asarray(side, np.float64) for side in (after, before)]

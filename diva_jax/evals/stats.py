@@ -136,8 +136,7 @@ def answers(scores: np.ndarray, right: Sequence[tuple[int, int]]) -> dict[str, n
 
     `right` are the (image, text) numbers that belong together in all items; every image has a text. "text": for each
     image, its texts score higher than all others. "image": for each text that has an image, its images do. "group":
-    both. "match", where every image has one text of its own: their sum is above that of any other one-to-one
-    assignment."""
+    both. "match", where every image has one text of its own: they have the highest sum of all assignments."""
     scores = rounded(scores)
     finite = np.isfinite(scores).all(axis=(-2, -1))
     scores = np.where(finite[..., None, None], scores, 0.0)
