@@ -58,8 +58,7 @@ class LibraryConfig(NamedTuple):
         return LibraryConfig(value or {}, self.where, f"{self.prefix}{name}.")
 
     def get(self, name: str, default: Any, rule: Rule | None = None) -> Any:
-        """A value of the default's type: a number, a text, or true or false; a whole number without a rule is a
-        size."""
+        """A value of the default's type: a number, a text, true or false; a whole number without a rule is a size."""
         value = self.options.get(name, default)
         if value is None and isinstance(default, float | bool):
             value = default

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from flax import nnx
 
-from diva_jax.common.errors import UserError, brief
+from diva_jax.common.errors import UserError, brief, listing
 
 _LEAF = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
 
@@ -90,11 +90,12 @@ class Positions(NamedTuple):
 
 def tensor_shape(tensors: Mapping, name: str, *axes: int) -> tuple[int, ...]:
     """The shape of a checkpoint's tensor; a UserError where it is missing, empty, or not of `axes` (two) axes."""
+    where = f"the checkpoint {listing(getattr(tensors, 'files', ()), 1)}".strip()
     if name not in tensors:
-        raise UserError(f"the checkpoint is incomplete, {name} is missing: download it again")
+        raise UserError(f"{where} is incomplete, {name} is missing: fetch it again")
     shape = tuple(tensors[name].shape)
     if len(shape) not in (axes or (2,)) or 0 in shape:
-        raise UserError(f"the checkpoint's tensor {name} has the shape {brief(shape)}: download it again")
+        raise UserError(f"{where}: the tensor {name} has the shape {brief(shape)}: fetch it again")
     return shape
 
 

@@ -176,8 +176,7 @@ def _safetensors(path: Path) -> dict[str, Tensor]:
 
 def open_file(path: Path) -> Tensors:
     """Opens a local file, safetensors or a state dict that PyTorch has saved: name -> lazy tensor, read when it is
-    requested. A UserError where it is missing, truncated or of another format, or it needs torch and torch is not
-    installed."""
+    requested. A UserError where it is missing, truncated or of another format, or needs torch, which is not there."""
     if path.exists() and not path.is_file():  # A pipe, a device or a socket, whose reading may never end, or a folder.
         raise UserError(f"{path} is not a regular file: give a file of weights")
     with explained(f"{path} cannot be read", "give a file of weights"), open(path, "rb") as f:

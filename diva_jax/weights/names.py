@@ -170,8 +170,7 @@ def to_resolution(tensors: Tensors, spec: Spec) -> Tensors:
 def stretch(table: np.ndarray, length: int, kept: int) -> np.ndarray:
     """Position embeddings of texts [old, D] for a longer context, float32 [length, D], as Long-CLIP's (arXiv
     2403.15378, section 3.2). The first `kept` rows, at most old - 2, stay. Row kept + i of the result is read at kept +
-    i * (old - kept) / (length - kept) by linear interpolation; past the last row it is extrapolated from the last
-    two."""
+    i * (old - kept) / (length - kept) by linear interpolation; past the last row it is extrapolated."""
     old = len(table)
     at = kept + np.arange(length - kept) * ((old - kept) / (length - kept))
     low = np.minimum(at.astype(int), old - 2)

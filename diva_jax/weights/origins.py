@@ -146,8 +146,7 @@ def diffusers_folder(source: str, field: str = "config.diffusion.source") -> Pat
 class ClipSource:
     """A checkpoint of a backbone, in the file or folder `where`, of the format `kind`. `tensors` are under open_clip's
     names, the scale and bias of the logits as scalars; `spec` is the architecture that the source describes, if it
-    does, but for the fields `silent`; `run`, of a run, is {"workdir", "step", "config", "sources", "base", "tuned"},
-    see `open_run`."""
+    does, but for the fields `silent`; `run`, of a run, is the dict that `open_run` describes."""
 
     where: str
     kind: str
@@ -170,7 +169,7 @@ class ClipSource:
         """The Spec, with `source` as its source; a UserError where a bare file does not state heads and activation."""
         if self.spec is None:
             problem = f"{self.where} ({self.kind}) does not specify the number of heads and the activation"
-            advice = "give a config, e.g. --config=configs/vitl14.py, or put its open_clip_config.json beside it"
+            advice = "give --config=configs/vitl14.py, in Python spec='vitl14', or open_clip_config.json beside it"
             raise UserError(f"{problem}: {advice}")
         return dataclasses.replace(self.spec, source=source)
 
@@ -326,7 +325,9 @@ def open_run(workdir: epath.PathLike, step: int | None = None) -> ClipSource:
 
     run = workdirs.RunAt.open(workdir, step)
     spec = backbones.spec_of(run.config)
-    base = open_source(spec.source, "config.backbone.source")
+    advice = "run the command in the folder where the run began, or put the weights there"
+    with explained(f"{workdir} was tuned from weights that cannot be opened", advice, UserError):
+        base = open_source(spec.source, "config.backbone.source")
     sha256 = formats.fingerprint(base.files)
     for prefix, part in run.program.objective.pretrained().items():
         began = run.sources.get(prefix)

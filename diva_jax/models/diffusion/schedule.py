@@ -73,8 +73,7 @@ def _coefficients(like: Array, alphas_cumprod: Array, timesteps: Array) -> tuple
 
 def add_noise(latents: Array, noise: Array, alphas_cumprod: Array, timesteps: Array) -> Array:
     """zt = sqrt(abar_t) z0 + sqrt(1 - abar_t) eps (DIVA, section 3.1), in the shape and dtype of `noise`, [..., B, H,
-    W, C]; z0 may have any shape that broadcasts against it. `alphas_cumprod` is [T], `timesteps` are integers [...,
-    B]."""
+    W, C], against which z0 broadcasts. `alphas_cumprod` is [T], `timesteps` are integers [..., B]."""
     signal, sigma = _coefficients(noise, alphas_cumprod, timesteps)
     return (signal * latents + sigma * noise).astype(noise.dtype)
 

@@ -158,7 +158,7 @@ def test_what_is_not_implemented_is_named(name):
 
 def test_other_files_and_other_preprocessing_are_refused():
     for config in (None, [], {}, {"model_cfg": {}}, {"embed_dim": 3, "vision_cfg": {}}):
-        refused("not an open_clip config", from_open_clip, config)
+        refused("open_clip's config cannot be used", from_open_clip, config)
     for key, value in (("resize_mode", "longest"), ("interpolation", "random"), ("mean", [0.5, 0.5])):
         wrong = dict(model_cfg=small(), preprocess_cfg={key: value})
         refused(f"preprocess_cfg.{key}", from_open_clip, wrong)

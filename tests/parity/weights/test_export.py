@@ -142,6 +142,8 @@ def test_the_config_of_another_run_or_a_source_that_changed_is_refused(run, sour
     path.write_text(before)
     monkeypatch.setattr(formats, "fingerprint", lambda files: "another")
     refused("is not the checkpoint that the run began with", origins.open_run, run[0])
+    monkeypatch.setattr(origins, "find", lambda *given: origins.locate("/nowhere", "x"))
+    refused("that cannot be opened .* does not exist.*: run the command in", origins.open_run, run[0])
 
 
 @pytest.mark.slow

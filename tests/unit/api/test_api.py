@@ -59,7 +59,7 @@ def test_every_form_of_images(encoder, clip, tmp_path):
 def test_a_bare_file_needs_a_spec_and_texts_are_those_of_the_text_tower(clip, tmp_path, encoder):
     bare = tmp_path / "tower.safetensors"
     bare.write_bytes((clip / "open_clip_model.safetensors").read_bytes())
-    refused("does not specify the number of heads", diva_jax.load, bare)
+    refused("does not specify the number of heads .*in Python spec=", diva_jax.load, bare)
     found = diva_jax.load(bare, spec=EVAL_CLIP)
     assert found.spec.width == EVAL_CLIP.width and found.arrays
     refused("has no tokenizer", found.encode_text, "x")

@@ -216,7 +216,7 @@ def from_open_clip(config: Mapping, *, name: str = "", source: str = "") -> Spec
     model = config.get("model_cfg", config) if isinstance(config, Mapping) else None
     parts = ("vision_cfg", "text_cfg")
     if not isinstance(model, Mapping) or not all(isinstance(model.get(k), Mapping) for k in parts):
-        raise UserError("not an open_clip config: it needs a model_cfg with embed_dim, vision_cfg and text_cfg")
+        raise UserError(f"{_WHERE} cannot be used: it needs a model_cfg with embed_dim, vision_cfg and text_cfg")
     file, model = LibraryConfig(config, _WHERE), LibraryConfig(model, _WHERE)
     model.check({*OPTIONS["model"], *(["preprocess_cfg"] if model.options is config else [])}, {})
     vision, architectures = model.section("vision_cfg"), backbones.architectures()
