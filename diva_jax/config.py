@@ -209,8 +209,7 @@ def default(
     backbone: str | backbones.Spec = "vitl14", diffusion: str | dict = "sd21_base", objective: str = "diva"
 ) -> ConfigDict:
     """The published recipe of an objective for a backbone: a row of `backbones.TABLE`, or a Spec. `diffusion`, for
-    objectives with such a model, is a name of `presets.PRESETS` or a dict of the same form. A UserError where there is
-    no such objective."""
+    objectives with such a model, is a name of `presets.PRESETS` or such a dict. A UserError for another objective."""
     method = objectives.find(objective)
     c = fields.config_dict(RunOptions(objective=objective))
     c.backbone = fields.config_dict(backbones.TABLE[backbone] if isinstance(backbone, str) else backbone)
@@ -232,8 +231,7 @@ def published(
     objective: str = "diva",
     fields: Mapping[str, Any] = MappingProxyType({}),
 ) -> Callable[..., ConfigDict]:
-    """The `get_config` of a config file: `variant` of `default`, in which some fields, by dotted path, have other
-    values."""
+    """The `get_config` of a config file: `variant` of `default`, with other values of some fields, by dotted path."""
 
     def get_config(arg: str | None = None) -> ConfigDict:
         config = default(backbone, diffusion, objective)
@@ -270,8 +268,7 @@ def variant(config: ConfigDict, arg: str | None) -> ConfigDict:
 
 
 def faithful(config: ConfigDict) -> ConfigDict:
-    """Sets every switch of the objective that is "exact" to what its authors' code does; a UserError where it has
-    none."""
+    """Sets each "exact" switch of the objective to what its authors' code does; a UserError where there is none."""
     section = config[objectives.section(config.objective)]
     switches = [switch for switch, value in section.items() if value == "exact"]
     if not switches:

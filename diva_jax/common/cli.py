@@ -1,5 +1,6 @@
 """What every command shares: flags, `--config`, help, and how errors and signals end it."""
 
+import errno
 import faulthandler
 import functools
 import logging as std_logging
@@ -218,6 +219,8 @@ def _run(main: Callable[..., None], arguments: Sequence[str], describe: Describe
 
 def _unexpected(e: BaseException) -> str:
     """What is said of an exception that is being handled, whose trace is written to a file."""
+    if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"error: {e.strerror}: make room, and start the command again"
     try:
         file = tempfile.NamedTemporaryFile("w", prefix="diva_jax_", suffix=".log", delete=False, encoding="utf-8")
         with file:
@@ -239,6 +242,8 @@ def run(main: Callable[..., None], arguments: Sequence[str] = (), described: Des
     faulthandler.enable()
     logging.use_absl_handler()
     logging.get_absl_handler().setFormatter(_PlainFormatter())
+    # Of a save that failed, which is reported where it is waited for.
+    std_logging.getLogger("asyncio").setLevel(std_logging.CRITICAL)
     # transformers otherwise says that PyTorch is missing, which no command needs.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     if threading.current_thread() is threading.main_thread():

@@ -140,8 +140,7 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
 
 def write_whole(path: str | os.PathLike, data: str | bytes, new: bool = False) -> None:
     """Writes bytes, or a text as UTF-8, atomically, on this machine or in a bucket, and creates the folder. With `new`,
-    a FileExistsError where the file is there, as for all but one of several processes that write it at the same
-    time."""
+    a FileExistsError where the file is there, as for all but one of several processes that write it together."""
     data = data.encode() if isinstance(data, str) else data
     with _as_oserror(path):
         if is_remote(path):

@@ -163,8 +163,7 @@ class Classes(Alternatives):
 class Example(NamedTuple):
     """One decoded record (RGB, with its caption where an input needs one) at one position of the run. The position's
     random crop box was drawn first from `rng`, which is of (seed, position); inputs draw from it in the order of their
-    mapping. `cached` (name -> bfloat16 array, of frozen models) and the box are those of a cache, where the run reads
-    one."""
+    mapping. `cached` (name -> bfloat16 array, of frozen models) and the box are those of a cache, if one is read."""
 
     image: PILImage
     text: str | None

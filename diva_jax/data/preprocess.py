@@ -61,16 +61,14 @@ def _aligned_weights(n: int, size: int) -> np.ndarray:
 def aligned_resize(images: Array, size: int) -> Array:
     """Resizes images [B, H, W, C] to [B, size, size, C] as kornia's `resize(interpolation="bicubic",
     align_corners=True, antialias=True)`, which Stability's code for Stable unCLIP uses: a Gaussian blur with reflected
-    edges where the image gets smaller, then PyTorch's cubic kernel (a = -0.75) between pixels whose corners are
-    aligned."""
+    edges where the image gets smaller, then PyTorch's cubic kernel (a = -0.75) with aligned corners."""
     rows, columns = (jnp.asarray(_aligned_weights(n, size), images.dtype) for n in images.shape[1:3])
     return jnp.einsum("ih,jw,bhwc->bijc", rows, columns, images, precision=jax.lax.Precision.HIGHEST)
 
 
 def vae_view(images: Array, mode: str = "exact") -> Array:
     """The VAE's input of images [B, S, S, 3] in [0, 1]. "exact" is 2x - 1; "faithful" is 2y - 1, where y is x
-    normalised with CLIP's statistics and denormalised with ImageNet's: 0.82 to 0.86 of the contrast, and another
-    mean."""
+    normalised with CLIP's statistics and denormalised with ImageNet's: another mean, 0.82 to 0.86 of the contrast."""
     if mode == "faithful":
         images = normalise(images, OPENAI_MEAN, OPENAI_STD)
         images = images * jnp.asarray(IMAGENET_STD, images.dtype) + jnp.asarray(IMAGENET_MEAN, images.dtype)

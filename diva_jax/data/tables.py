@@ -54,8 +54,7 @@ class _Part(NamedTuple):
 
 def choose_columns(path: str, columns: Sequence[str], options: Mapping[str, str]) -> tuple[str | None, ...]:
     """(the column with the images, with the captions or None, with lists of texts or None) of a table's columns;
-    `options` may name them as "image", "text" and "texts". A UserError where there is no such column, or none that is
-    known to hold images."""
+    `options` may name them as "image", "text" and "texts". A UserError where one is missing, or none is known."""
     found = []
     for what, known in (("image", IMAGE_COLUMNS), ("text", TEXT_COLUMNS), ("texts", ("texts",))):
         if (wanted := options.get(what)) and wanted not in columns:

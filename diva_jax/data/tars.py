@@ -61,8 +61,7 @@ class _Headers:
 
 def scan(path: str) -> tuple[list[Member], str]:
     """(members of a shard in archive order, what is wrong with it: empty if nothing is). A link is the member before it
-    that it names. Damage ends the scan, and the complete members before it are kept; an OSError where the file cannot
-    be read."""
+    that it names. Damage ends the scan, and complete members before it are kept; an OSError for an unreadable file."""
     length, _ = files.stat(path)
     with files.open_binary(path) as file:
         try:
@@ -213,8 +212,7 @@ class TarSource(CaptionFiles):
     """The images of local or remote tar shards as webdataset and img2dataset write them, in archive order. A sample,
     the members of one key, has one image (see `files.images_of`). Its caption is its `.txt` member, or else the
     "caption" of its `.json` member, read when it is asked for. The index is kept in `cache_dir`, if any; nothing is
-    ever written beside the shards. A UserError where a shard cannot be read or has a key twice, or there is no
-    image."""
+    ever written beside the shards. A UserError where a shard cannot be read or has a key twice, or no image."""
 
     def __init__(self, shards: Sequence[str], cache_dir: str | None = None):
         self._shards = list(shards)

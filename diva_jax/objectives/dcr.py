@@ -144,8 +144,7 @@ class Contrast(NamedTuple):
 
 def contrast(predicted: Array, goal: Array, anchors: Array, temperature: float) -> Contrast:
     """The contrastive loss of B images over a temperature. `predicted` [B, g + 1, h, w, c] is under the conditions of
-    the group, then under the plus condition; `goal` is [B, h, w, c]; `anchors` [B] are the images' indices in their
-    group."""
+    the group, then under the plus condition; `goal` is [B, h, w, c]; `anchors` [B] are indices in the group."""
 
     def unit(x):
         flat = x.reshape(*x.shape[:-3], -1)

@@ -21,8 +21,7 @@ class Writer:
     """Appends rows to `metrics.jsonl`, TensorBoard and Weights & Biases, and messages to `log.txt`. Rows of an
     interrupted run after `step` are removed. Each row has `seconds`, the time since this session of the run began;
     `sessions.json` lists the sessions with their first step, time, versions and devices. In a bucket, the files are
-    updated twice per minute, and by `flush` and `close`. A UserError where no run of Weights & Biases can be
-    started."""
+    updated twice per minute, and by `flush` and `close`. A UserError where Weights & Biases starts no run."""
 
     def __init__(
         self, workdir: epath.PathLike, step: int, tensorboard: bool, wandb: str = "", config: dict | None = None

@@ -33,17 +33,14 @@ def test_refused_in_one_line(ended, case):
 @pytest.mark.parametrize("case", SHOWN)
 def test_shown(ended, case):
     code, out, err = ended[case]
-    assert code == 0 and not err
-    for text in SHOWN[case][1]:
-        assert text in out
+    assert code == 0 and not err and all(text in out for text in SHOWN[case][1]), (out, err)
     assert "absl" not in out and "--pdb" not in out
     flags = re.findall(r"^  (--[\w.]+)", out, re.M)
     assert len(flags) == len(set(flags))
 
 
 def test_the_help_of_a_script():
-    code, out, err = commands.run(ROOT / "bench/roundtrip.py", "--help", path=[ROOT / "bench"])
-    assert code == 0 and not err and out.startswith("usage: roundtrip.py [--FLAG=VALUE ...]")
+    assert "usage: roundtrip.py [" in commands.succeed(ROOT / "bench/roundtrip.py", "--help", path=[ROOT / "bench"])
 
 
 def test_every_config_of_the_repository_is_found_by_name():

@@ -19,7 +19,7 @@ from gcsfs.retry import HttpError
 from helpers import refused
 
 import diva_jax
-from diva_jax.common import config_files, errors, json_files, paths
+from diva_jax.common import cli, config_files, errors, json_files, paths
 from diva_jax.report import page
 from diva_jax.training import checkpoint, workdirs
 
@@ -58,6 +58,7 @@ def test_what_cannot_be_written_is_an_oserror_or_refused_before_anything_is(tmp_
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError):
         paths.write_whole(tmp_path / "file" / "a", "x")
+    assert cli._unexpected(OSError(28, "full")) == "error: full: make room, and start the command again"
 
     bucket.pipe("/bucket/a", b"")
     monkeypatch.setattr(type(bucket), "pipe_file", mock.Mock(side_effect=RuntimeError("403 Forbidden")))
