@@ -217,10 +217,14 @@ def _run(main: Callable[..., None], arguments: Sequence[str], describe: Describe
         _end_within(_LINGER_S, 0)
 
 
-def _unexpected(e: BaseException) -> str:
-    """What is said of an exception that is being handled, whose trace is written to a file."""
+def _unexpected(e: BaseException) -> tuple[int, str]:
+    """(exit code, what is said) of an exception that is being handled, whose trace is written to a file."""
     if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"error: {e.strerror}: make room, and start the command again"
+        return 1, f"error: {e.strerror}: make room, and start the command again"
+    said = " ".join(f"{type(e).__name__}: {e}".split())[:300]
+    if any(frame.filename.endswith("xla_bridge.py") for frame in traceback.extract_tb(e.__traceback__)[-1:]):
+        problem = f"JAX has no device, JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')!r} ({said})"
+        return 2, f"error: {problem}: unset it, or pip install -e '.[tpu]' or '.[cuda]', as this machine has devices"
     try:
         file = tempfile.NamedTemporaryFile("w", prefix="diva_jax_", suffix=".log", delete=False, encoding="utf-8")
         with file:
@@ -228,10 +232,9 @@ def _unexpected(e: BaseException) -> str:
         trace = f"the full trace is in {file.name}"
     except OSError as lost:
         trace = f"the full trace could not be written ({lost})"
-    said = " ".join(f"{type(e).__name__}: {e}".split())[:300]
     if where := place(e):
-        return f"error: {where}: {said}; {trace}"
-    return f"error: unexpected ({said}): {trace}, please report it"
+        return 1, f"error: {where}: {said}; {trace}"
+    return 1, f"error: unexpected ({said}): {trace}, please report it"
 
 
 def run(main: Callable[..., None], arguments: Sequence[str] = (), described: Describe | None = None) -> None:
@@ -262,7 +265,7 @@ def run(main: Callable[..., None], arguments: Sequence[str] = (), described: Des
         kind = type(e)
         if kind not in _SIGNALS and _handled and _handled[-1].__name__ in traceback.format_exc():
             kind = _handled[-1]
-        code, message = _SIGNALS[kind][1:] if kind in _SIGNALS else (1, _unexpected(e))
+        code, message = _SIGNALS[kind][1:] if kind in _SIGNALS else _unexpected(e)
     print(printable(" ".join(message.split()))[:_MAX_MESSAGE_CHARS], file=sys.stderr, flush=True)
     _end_within(_LINGER_S, code)
     sys.exit(code)

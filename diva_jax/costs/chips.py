@@ -26,8 +26,7 @@ class Chip(NamedTuple):
     `clock` of the cycles that the compiler estimates [Hz]; `ici`, the rate at which a chip can send over all its links
     together [bytes/s]; `wrap`, a multiple of which an axis has wrap-around links, with three axes only where all are
     multiples; the sides of the square matrix units [elements]; `axes` of a slice; devices `per_chip`; `options` of
-    `topologies.get_topology_desc`; and `compiler_options` that make the train step faster, as measured in
-    docs/PERFORMANCE.md."""
+    `topologies.get_topology_desc`; and `compiler_options` that make the train step faster (docs/PERFORMANCE.md)."""
 
     kind: str
     flops: float

@@ -21,13 +21,11 @@ def test_the_demo_tunes_the_documented_arms(tmp_path):
     again = ("--out=demo", "--pairs=2", *(f"--override={flag}" for flag in quick))
     printed = commands.succeed("world.demo", *again, cwd=tmp_path)
     assert [line.split()[3] for line in printed.splitlines() if line.startswith("$ ")] == ["diva_jax.report"]
-    other = commands.run("world.demo", *again, "--override=--config.steps=9", cwd=tmp_path)
-    assert other[0] == 2 and "--out=demo was made with other flags" in other[2], other
+    assert "made with other flags" in commands.refused("world.demo", *again, "--override=--config.x=9", cwd=tmp_path)
     assert "demo/eval/report.html" in printed and "| matches, absent facts |" in printed
     results = json.loads((tmp_path / "demo/eval/results.json").read_text())["tasks"]["mmvp"]["weights"]
     assert set(results) == {"clip", "judge_control:2", "judge:2", "diva:2"}
-    page = (tmp_path / "demo/eval/report.html").read_text()
-    assert "cannot be read" not in page
+    assert "cannot be read" not in (tmp_path / "demo/eval/report.html").read_text()
     for name in demo.ARMS:
         found = ConfigDict(json.loads((tmp_path / "demo" / name / "config.json").read_text()))
         want = ConfigDict(json.loads(arms.arm_config(arms.find(name), 0, arms.Budget(16, 8)).to_json()))

@@ -217,7 +217,6 @@ def architecture(name: str) -> ModuleType:
 
 def build(spec: Spec, *, rngs: nnx.Rngs, dtype=jnp.float32, param_dtype=jnp.float32, remat: bool = False) -> nnx.Module:
     """The vision tower of `spec` with random weights; a UserError where its architecture is not known or cannot have
-    these sizes. Under `nnx.eval_shape` only shapes and dtypes are made. Activations are computed in `dtype`, weights
-    held in `param_dtype`. `remat` recomputes blocks in the backward pass: less memory, a third more work, the same
-    gradient."""
+    these sizes. Under `nnx.eval_shape` only shapes and dtypes are made. Activations are of `dtype`, weights of
+    `param_dtype`. `remat` recomputes blocks in the backward pass: less memory, a third more work, the same gradient."""
     return architecture(spec.arch).Vision(spec, rngs=rngs, dtype=dtype, param_dtype=param_dtype, remat=remat)

@@ -180,8 +180,8 @@ def test_outputs_of_frozen_models_are_cached(objective, tmp_path):
     if objective == "comclip":
         other = cache_builder.Builder(configured("rich"), out, 1, per_shard=4, batch=3)
         refused("holds another cache .*another image or caption there.*: use another folder", other.run)
-        half = small.program(configured(cache=out, dtype="bfloat16"))
-        refused(r"made with other settings: anchor\.dtypes", cache_builder.open_cache, half)
+        other = small.program(configured(cache=out, dtype="bfloat16"))
+        refused(r"made with other settings: anchor\.dtypes", cache_builder.open_cache, other)
 
 
 def test_what_is_refused(files, cache, tmp_path, monkeypatch):

@@ -58,7 +58,10 @@ def test_what_cannot_be_written_is_an_oserror_or_refused_before_anything_is(tmp_
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError):
         paths.write_whole(tmp_path / "file" / "a", "x")
-    assert cli._unexpected(OSError(28, "full")) == "error: full: make room, and start the command again"
+    with pytest.raises(ZeroDivisionError) as caught:
+        exec(compile("1 / 0", "xla_bridge.py", "exec"))
+    assert cli._unexpected(caught.value)[1].startswith("error: JAX has no device, JAX_PLATFORMS=")
+    assert cli._unexpected(OSError(28, "full")) == (1, "error: full: make room, and start the command again")
 
     bucket.pipe("/bucket/a", b"")
     monkeypatch.setattr(type(bucket), "pipe_file", mock.Mock(side_effect=RuntimeError("403 Forbidden")))
@@ -82,8 +85,7 @@ CLEARED = json.loads(Path(__file__).with_name("urls.json").read_text())
 
 
 def test_secrets_of_urls():
-    found = paths.values_without_secrets({"a": [*CLEARED, 1]})
-    assert found == {"a": [*CLEARED.values(), 1]}
+    assert paths.values_without_secrets({"a": [*CLEARED, 1]}) == {"a": [*CLEARED.values(), 1]}
 
 
 @pytest.mark.parametrize("code", [401, 403, 503])
