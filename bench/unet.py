@@ -48,7 +48,7 @@ def resnet(rngs, args):
 
 
 def tower(rngs, args):
-    return Block(Layers(rngs, BF16, BF16), args.width, args.width // 80, 4 * args.width, "gelu", 1e-5)
+    return Block(Layers(rngs, BF16, BF16), args.width, 16, 4 * args.width, "gelu", 1e-5)
 
 
 # Part -> its module, and the inputs' (shape, dtype) for `n` images; the gradient is that of the inputs in floats that

@@ -7,6 +7,7 @@ full-size config took 10 to 35 minutes on two cores (docs/TPU.md) and 5 to 7 GB;
 """
 
 import collections
+import functools
 import importlib.metadata
 import importlib.util
 import json
@@ -231,10 +232,7 @@ def main() -> None:
         print(text_of(row), flush=True)
 
 
-def entry() -> None:
-    """The installed command."""
-    cli.run(main, described=configs.described)
-
+entry = functools.partial(cli.run, main, described=configs.described)
 
 if __name__ == "__main__":
     entry()

@@ -8,6 +8,8 @@ compared with each of the others. Options are fields of the config:
 and the files that are written to DIR.
 """
 
+import functools
+
 import jax
 from absl import flags
 
@@ -50,9 +52,7 @@ def main() -> None:
         print(f"wrote {_OUT.value}/results.json and predictions.csv in {summary['seconds']} s", flush=True)
 
 
-def entry() -> None:
-    cli.run(main, described=configs.described)
-
+entry = functools.partial(cli.run, main, described=configs.described)
 
 if __name__ == "__main__":
     entry()

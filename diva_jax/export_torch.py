@@ -9,6 +9,8 @@ The export is written to a temporary folder, read back and compared tensor by te
 installed, one image and one text are encoded with it. The folder is renamed to --out only if all of this succeeds.
 """
 
+import functools
+
 import jax
 from absl import flags
 
@@ -52,9 +54,7 @@ def main() -> None:
     publish.export(given, _OUT.value, _FORMAT.value, _DTYPE.value, card, **place)
 
 
-def entry() -> None:
-    cli.run(main, described=configs.described)
-
+entry = functools.partial(cli.run, main, described=configs.described)
 
 if __name__ == "__main__":
     entry()

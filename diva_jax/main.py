@@ -5,6 +5,7 @@ the process with exit code 0. On a TPU slice or under Slurm, the same command on
 set JAX_COORDINATOR_ADDRESS=HOST:PORT, JAX_NUM_PROCESSES and JAX_PROCESS_ID.
 """
 
+import functools
 import shlex
 import signal
 
@@ -59,9 +60,7 @@ def main() -> None:
         say("SIGTERM: nothing was trained that is not saved; the same command starts again from here")
 
 
-def entry() -> None:
-    cli.run(main, described=configs.described)
-
+entry = functools.partial(cli.run, main, described=configs.described)
 
 if __name__ == "__main__":
     entry()

@@ -26,7 +26,8 @@ class Chip(NamedTuple):
     `clock` of the cycles that the compiler estimates [Hz]; `ici`, the rate at which a chip can send over all its links
     together [bytes/s]; `wrap`, a multiple of which an axis has wrap-around links, with three axes only where all are
     multiples; the sides of the square matrix units [elements]; `axes` of a slice; devices `per_chip`; `options` of
-    `topologies.get_topology_desc`; and `compiler_options` that make the train step faster (docs/PERFORMANCE.md)."""
+    `topologies.get_topology_desc`; `compiler_options` that make the train step faster; and the size of the `scores` of
+    attention that stay in VMEM, 0 where parts of a batch are no faster [bytes] (docs/PERFORMANCE.md for both)."""
 
     kind: str
     flops: float
@@ -41,6 +42,7 @@ class Chip(NamedTuple):
     per_chip: int = 1
     options: tuple[tuple[str, str], ...] = ()
     compiler_options: tuple[tuple[str, str], ...] = ()
+    scores: int = 0
 
 
 _TABLE = packaged(__file__, "chips.json")

@@ -5,9 +5,12 @@ be used, but for sequences whose scores would not fit into HBM: these have jax's
 while a function is traced, by the platform that it is traced for (`platform.py`).
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
+from diva_jax.costs import chips
 from diva_jax.models.platform import LANES, Array, allowed, by_device, tile, traced_for
 
 # Smallest number of queries for which the kernel is used, for self-attention and for cross-attention. With fewer
@@ -20,11 +23,26 @@ MAX_BLOCK = {128: 1024, 512: 512}
 CUDNN_WIDTH = 128  # Largest head dim of cuDNN's kernel on all GPUs that have it.
 
 
-def use_kernel(queries: int, keys: int, width: int, batch: int, mesh) -> bool:
-    """Returns whether attention with the head dim `width`, traced for the abstract mesh `mesh`, uses the kernel."""
+def kernel_of(n: int, m: int, width: int, batch: int, mesh) -> Callable | None:
+    """The kernel of attention without a mask, n queries, m keys, the head dim `width`, traced for the abstract mesh
+    `mesh`; None where it uses XLA's operations."""
     if traced_for(mesh) != "tpu" or batch % mesh.size or width > max(MAX_BLOCK):
-        return False
-    return queries >= KERNEL_FROM["self" if queries == keys else "cross"]
+        return None
+    if n < KERNEL_FROM["self" if n == m else "cross"]:
+        return None
+    return flash if allowed(f"attention {width}") else splash if min(n, m) >= SPLASH_FROM else None
+
+
+def parts(batch: int, n: int, heads: int, width: int) -> int:
+    """The number of parts in which a tower takes a batch: in each, XLA's operations keep the scores of self-attention
+    over n tokens, heads of `width`, in a TPU's VMEM (docs/PERFORMANCE.md, "Parts of a batch")."""
+    mesh = jax.sharding.get_abstract_mesh()
+    chip = chips.of(mesh.abstract_device) if traced_for(mesh) == "tpu" else None
+    if not chip or not chip.scores or batch % mesh.size or kernel_of(n, n, width, batch, mesh):
+        return 1
+    images = batch // mesh.size
+    most = max(1, chip.scores // (heads * n * (n + -n % LANES) * 4))
+    return next(count for count in range(1, images + 1) if images % count == 0 and images // count <= most)
 
 
 def implementation(width: int, dtype, mesh) -> str | None:
@@ -128,10 +146,8 @@ def attention(q: Array, k: Array, v: Array, *, causal: bool = False, mask: Array
     and values [B, M, H, D] -> [B, N, H*D], in the dtype of q. `causal`: query n attends to keys 0..n only; `mask`, bool
     [B, 1 | H, N, M], is true where a query attends to a key."""
     mesh = jax.sharding.get_abstract_mesh()
-    full, kernel = not causal and mask is None, None
-    if full and use_kernel(q.shape[1], k.shape[1], q.shape[3], q.shape[0], mesh):
-        long = min(q.shape[1], k.shape[1]) >= SPLASH_FROM
-        kernel = flash if allowed(f"attention {q.shape[3]}") else splash if long else None
+    full = not causal and mask is None
+    kernel = kernel_of(q.shape[1], k.shape[1], q.shape[3], q.shape[0], mesh) if full else None
     if full and q.dtype.itemsize >= 4 and traced_for(mesh) == "cpu":
         out = _recomputed(q, k, v)
     elif kernel:

@@ -17,11 +17,13 @@ _KERNELS: contextvars.ContextVar[frozenset[str] | None] = contextvars.ContextVar
 
 
 @contextlib.contextmanager
-def traced_on(mesh, kernels: frozenset[str] | None) -> Iterator[None]:
-    """Context manager in which a function is traced for an abstract mesh, with these kernels, see `allowed`."""
+def traced_on(mesh, kernels: frozenset[str] | None, exact: bool = False) -> Iterator[None]:
+    """Context manager in which a function is traced for an abstract mesh, with these kernels, see `allowed`; `exact`:
+    float32 is multiplied in float32, if jax's settings do not say otherwise, where TPUs and GPUs would round it."""
     token = _KERNELS.set(kernels)
+    precision = jax.config.jax_default_matmul_precision or ("highest" if exact else None)
     try:
-        with jax.sharding.use_abstract_mesh(mesh):
+        with jax.sharding.use_abstract_mesh(mesh), jax.default_matmul_precision(precision):
             yield
     finally:
         _KERNELS.reset(token)
@@ -41,6 +43,11 @@ def traced_for(mesh=None) -> str:
     return "" if device is None else device.platform
 
 
+def split(x: jax.Array, count: int) -> jax.Array:
+    """[B, ...] -> [count, B/count, ...]: part p has images p, p + count, ..., so that no image changes its device."""
+    return x.reshape(x.shape[0] // count, count, *x.shape[1:]).swapaxes(0, 1)
+
+
 Array = jax.Array
 
 LANES = 128  # Tiles are multiples of the number of lanes of a vector register.
@@ -54,7 +61,7 @@ def tile(n: int, most: int) -> int:
 
 def dot(x: Array, y: Array, dims=NN) -> Array:
     """A product inside of a kernel, with a float32 result; float32 inputs, as in tests, are multiplied in float32."""
-    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
     return jax.lax.dot_general(x, y, dims, precision=precision, preferred_element_type=jnp.float32)
 
 

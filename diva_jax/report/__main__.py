@@ -4,6 +4,8 @@ DIR is the --out folder of diva_jax.evaluate or a training workdir. The report i
 DIR/report/*.png.
 """
 
+import functools
+
 from diva_jax import report
 from diva_jax.common import cli
 
@@ -14,9 +16,7 @@ def main(folder: str) -> None:
     print(f"Wrote {page} and {len(charts)} charts in {page.with_suffix('')}.")
 
 
-def entry() -> None:
-    cli.run(main, ("DIR",))
-
+entry = functools.partial(cli.run, main, ("DIR",))
 
 if __name__ == "__main__":
     entry()

@@ -160,9 +160,7 @@ def train_step(
     if accum == 1:  # Without a loop of one pass.
         (_, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(trained, dict(batch), keys)
     else:
-        # [B, ...] -> [A, B/A, ...]; micro-batch a has images a, a+A, ..., so that no image changes its device.
-        split = lambda x: x.reshape(x.shape[0] // accum, accum, *x.shape[1:]).swapaxes(0, 1)  # noqa: E731
-        xs = jax.tree.map(split, (dict(batch), keys))
+        xs = jax.tree.map(lambda x: platform.split(x, accum), (dict(batch), keys))
         grads, metrics = jax.lax.scan(micro, jax.tree.map(jnp.zeros_like, trained), xs)
         grads = jax.tree.map(lambda g: g / accum, grads)
     with jax.named_scope("optimizer"):
@@ -260,8 +258,9 @@ class Program:
         return {"params": params, "opt": self.init_opt(0, params), **numbers, **average}
 
     def tracing(self):
-        """Context manager for what is traced: it sees the mesh, from it the platform, and which kernels to use."""
-        return platform.traced_on(self.mesh.abstract_mesh, self.kernels)
+        """Context manager for what is traced: it sees the mesh, from it the platform, which kernels to use, and whether
+        products of float32 are in float32."""
+        return platform.traced_on(self.mesh.abstract_mesh, self.kernels, self.config.dtype == "float32")
 
     def jitted(self, fn: Callable, **options) -> Callable:
         """`fn(objective, *args)` compiled, as a function of the objective's arrays, name -> array, and `args`."""

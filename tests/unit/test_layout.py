@@ -12,7 +12,7 @@ PACKAGE = ROOT / "diva_jax"
 # Lowest first: a folder or top-level file imports only from those before it, and from itself. The train loop uses
 # evaluation, which uses all else of training.
 ORDER = (
-    "common", "models", "costs", "data", "weights", "objectives", "training", "evals", "config", "report",
+    "common", "costs", "models", "data", "weights", "objectives", "training", "evals", "config", "report",
     "training.loop", "api", "world",
 )  # fmt: skip
 # The exception: a source of weights may be a run; what opens it is imported then, inside a function.

@@ -17,6 +17,7 @@ from torch_models import checkpoint, checkpoint_name, torch_features, torch_mode
 
 from diva_jax.models import backbones
 from diva_jax.models.backbones import Spec, build, eva02
+from diva_jax.models.backbones.shared import transformer
 from diva_jax.models.backbones.shared.transformer import VARIANTS, Text
 from diva_jax.models.layers import Keys
 from diva_jax.weights import names
@@ -121,12 +122,15 @@ def test_outputs_and_gradients_equal_the_original(tower):
 
 
 @each
-def test_remat_reaches_every_block(tower):
-    blocks = []
+def test_remat_reaches_every_block_and_parts_of_the_batch_change_nothing(tower, monkeypatch):
+    blocks, results = [], []
     for remat in (False, True):
+        monkeypatch.setattr(transformer, "parts", lambda *shape: 3)  # All images but one change their places in a part.
         state, step = tower.value_and_grads(remat=remat)
         blocks.append(str(jax.make_jaxpr(step)(state, tower.inputs)).count(" remat"))
+        results.append(jax.jit(step)(state, tower.inputs))
     assert blocks[0] == 0 and blocks[1] >= tower.spec.layers
+    jax.tree.map(lambda one, other: close(one, other, 2e-5), *results)
 
 
 @pytest.mark.parametrize("name", EXACT)

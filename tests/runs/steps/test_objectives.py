@@ -1,6 +1,7 @@
 """What holds for every objective and its step: devices, accumulation, and what is refused."""
 
 import json
+import re
 from pathlib import Path
 
 import chex
@@ -126,10 +127,13 @@ def test_what_does_not_fit_is_one_sentence(name, fields, says):
     refused(says, lambda: config.validate(c, 1) or small.program(c))
 
 
-@pytest.mark.parametrize("remat", ["none", "all"])
-def test_remat_reaches_the_loss(remat):
-    p = small.program(small.small_config(remat=remat))
+@pytest.mark.parametrize("fields, exact", [({}, True), ({"remat": "all"}, True), ({"dtype": "bfloat16"}, False)])
+def test_remat_and_precision_reach_the_loss(fields, exact):
+    p = small.program(small.small_config(**fields))
     batch = {n: a for n, a in p.abstract_batch().items() if n != "row"}
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 8))
-    traced = jax.make_jaxpr(lambda arrays, *given: p.skeleton.merge(arrays).loss(*given)[0])(p.arrays, batch, keys)
-    assert (str(traced).count(" remat") > 10) == (remat == "all")
+    with jax.default_matmul_precision(None), p.tracing():
+        traced = jax.make_jaxpr(lambda arrays, *given: p.skeleton.merge(arrays).loss(*given)[0])(p.arrays, batch, keys)
+    assert (str(traced).count(" remat") > 10) == (fields.get("remat") == "all")
+    products = re.findall(r"dot_general\[|conv_general_dilated\[", str(traced))
+    assert (str(traced).count("(Precision.HIGHEST") == len(products) > 10) == exact

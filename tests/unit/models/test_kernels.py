@@ -96,12 +96,12 @@ def test_each_implementation_is_for_its_device(monkeypatch):
     jax.eval_shape(attention.attention, *args)  # Where no mesh says so.
     assert asked == ["cudnn", None]
     long = attention.KERNEL_FROM["self"]
-    assert attention.use_kernel(long, long, 64, 8, tpu) and not attention.use_kernel(long - 1, long - 1, 64, 8, tpu)
+    assert attention.kernel_of(long, long, 64, 8, tpu) and not attention.kernel_of(long - 1, long - 1, 64, 8, tpu)
     for device in (cpu, gpu, jax.sharding.get_abstract_mesh()):
-        assert not attention.use_kernel(4096, 4096, 64, 8, device)
-    assert not attention.use_kernel(4096, 4096, 1024, 8, tpu), "a head that no tile is known for"
-    assert not attention.use_kernel(4096, 4096, 64, 6, tpu), "a batch that the devices cannot share"
-    assert attention.use_kernel(4096, 77, 64, 8, tpu) == (attention.KERNEL_FROM["cross"] <= 4096)
+        assert not attention.kernel_of(4096, 4096, 64, 8, device)
+    assert not attention.kernel_of(4096, 4096, 1024, 8, tpu), "a head that no tile is known for"
+    assert not attention.kernel_of(4096, 4096, 64, 6, tpu), "a batch that the devices cannot share"
+    assert bool(attention.kernel_of(4096, 77, 64, 8, tpu)) == (attention.KERNEL_FROM["cross"] <= 4096)
 
 
 def program(device, allowed=None, length=1024, **kw):

@@ -1,14 +1,17 @@
 """The pre-norm transformer of CLIP's and SigLIP's towers, vision and text."""
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from diva_jax.common.errors import UserError
+from diva_jax.models.attention import parts
 from diva_jax.models.backbones import Spec, architecture
 from diva_jax.models.layers import ACTIVATIONS, Array, Layers, attention, split_qkv
+from diva_jax.models.platform import split
 
 
 class Attention(nnx.Module):
@@ -62,11 +65,18 @@ def blocks(make: Layers, layers: int, *args, block: Callable[..., nnx.Module] = 
 
 
 def run(stack: nnx.List, x: Array, *args: Array, remat: bool = False) -> Array:
-    """[B, N, D] through all blocks, each called with `args` too; `remat` recomputes them in the backward pass."""
-    call = type(stack[0]).__call__
-    step = nnx.remat(call) if remat else call
-    for block in stack:
-        x = step(block, x, *args)
+    """[B, N, D] through all blocks, each called with `args` too; `remat` recomputes them in the backward pass, and on
+    TPUs takes each block in the parts of the batch that are fastest."""
+    if not remat:
+        for block in stack:
+            x = block(x, *args)
+        return x
+    heads = stack[0].attn.heads
+    count = parts(*x.shape[:2], heads, x.shape[2] // heads)
+    for graph, state in map(nnx.split, stack):
+        step = jax.checkpoint(lambda state, x, graph=graph: nnx.merge(graph, state)(x, *args), prevent_cse=count == 1)
+        step = partial(step, state)
+        x = step(x) if count == 1 else jax.lax.map(step, split(x, count)).swapaxes(0, 1).reshape(x.shape)
     return x
 
 
