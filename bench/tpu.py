@@ -32,8 +32,8 @@ RUNS = {
     "vitl14-v4-16": ("vitl14", "v4:2x2x4", []),
     "vitl14-v5p-16": ("vitl14", "v5p:2x2x4", []),
     "vitl14-v6e-16": ("vitl14", "v6e:4x4", []),
-    # With Python 3.12 or newer: the jaxlib of that lane of constraints can read what is compiled for this chip. The slice
-    # of eight chips has 16 devices, each with the images of one of v5e:4x4.
+    # With Python 3.12 or newer: the jaxlib of that lane of constraints can read what is compiled for this chip. The
+    # slice of eight chips has 16 devices, each with the images of one of v5e:4x4.
     "vitl14-tpu7x-16": ("vitl14", "tpu7x:2x2x4", ["--config.accum=1"]),
     **{f"{c}-tpu7x-8": (c, "tpu7x:2x2x2", []) for c in (*CONFIGS, *FAMILY)},
     # Savings and costs of single settings.

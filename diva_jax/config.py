@@ -34,12 +34,7 @@ _DTYPE = one_of("float32", "bfloat16", "float64")
 class ConditionOptions:
     """`config.condition`, of objectives that project features into a generator."""
 
-    warmup_steps: int = field(
-        0,
-        "The projection into the generator is first trained alone for this many steps; 0: all is trained from the "
-        "start.",
-        between(0, _MAX_INT),
-    )
+    warmup_steps: int = field(0, "The projection is first trained alone for this many steps.", between(0, _MAX_INT))
     warmup_lr: float = field(1e-4, "The peak learning rate of these steps.", between(0, 1e38))
 
 
@@ -74,9 +69,7 @@ class CropOptions:
 
     scale: tuple[float, float] = field((0.9, 1.0), "The range of a crop's share of the image's area.", pair(1e-4, 1))
     ratio: tuple[float, float] = field((3 / 4, 4 / 3), "The range of a crop's width over its height.", pair(1e-2, 1e2))
-    interpolation: str = field(
-        "bicubic", "The crop is resized with this interpolation.", one_of(*images.INTERPOLATIONS)
-    )
+    interpolation: str = field("bicubic", "How the crop is resized.", one_of(*images.INTERPOLATIONS))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,18 +112,14 @@ class CheckpointOptions:
 
     every: int = field(200, "A checkpoint is written each time after this many steps.", between(1, _MAX_INT))
     keep: int = field(3, "This many checkpoints are kept, the newest ones.", between(1, _MAX_INT))
-    timeout: int = field(
-        300, "All processes must write their parts of a checkpoint in this time [s].", between(1, 10**6)
-    )
+    timeout: int = field(300, "All processes must write their parts within this time [s].", between(1, 10**6))
 
 
 @dataclasses.dataclass(frozen=True)
 class LogOptions:
     """`config.log`."""
 
-    every: int = field(
-        10, "Progress, metrics.jsonl and TensorBoard get a row after so many steps.", between(1, _MAX_INT)
-    )
+    every: int = field(10, "Progress and metrics are written after so many steps.", between(1, _MAX_INT))
     tensorboard: bool = field(True, "Whether WORKDIR/tensorboard is written.")
     wandb: str = field("", "This project of Weights & Biases gets the same values, with the extra wandb; empty: none.")
 
@@ -153,9 +142,7 @@ class RunOptions:
     batch_size: int = field(256, "The images of one step, over all devices and micro-batches.", between(1, 2**24))
     accum: int = field(1, "The gradients of this many micro-batches make one step.", between(1, _MAX_INT))
     dtype: str = field("bfloat16", "Models compute in this dtype; trained weights are always held in float32.", _DTYPE)
-    frozen_dtype: str = field(
-        "bfloat16", "Frozen parts, such as the U-Net and the VAE, are held in this dtype.", _DTYPE
-    )
+    frozen_dtype: str = field("bfloat16", "Frozen parts, such as the U-Net, are held in this dtype.", _DTYPE)
     remat: str = choice(
         ("none", "vision", "all"),
         "The backward pass computes blocks again, which saves memory: none, those of the vision tower (+3% work), or "

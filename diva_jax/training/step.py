@@ -37,9 +37,7 @@ class OptimOptions:
     warmup: float = field(
         0.005, "The learning rate rises from 0 to its peak in this share of a stage's steps, rounded up.", below(0, 1)
     )
-    warmup_steps: int = field(
-        -1, "The length of the warm-up as a number of steps; -1: as warmup says.", between(-1, 10**9)
-    )
+    warmup_steps: int = field(-1, "The length of the warm-up in steps; -1: as warmup says.", between(-1, 10**9))
     schedule: str = choice(
         ("cosine", "constant"),
         "After the warm-up, the learning rate falls to 0 at the stage's end (cosine) or is constant.",
@@ -51,12 +49,8 @@ class OptimOptions:
     eps: float = field(
         1e-8, "The epsilon of adamw's denominator.", Rule(lambda v: 0 < v <= 1, "must be above 0, at most 1")
     )
-    weight_decay: float = field(
-        0.0, "The weight decay of adamw (decoupled) and sgd (added to the gradient).", between(0, 1e38)
-    )
-    decay_all: bool = field(
-        False, "Whether biases, norms and all other vectors decay too, and not matrices and convolutions alone."
-    )
+    weight_decay: float = field(0.0, "The decay of weights, decoupled in adamw, not in sgd.", between(0, 1e38))
+    decay_all: bool = field(False, "Whether vectors, such as biases and norms, decay as matrices do.")
     no_decay: str = field(
         "",
         "Parameters whose whole name matches this regular expression do not decay.",

@@ -188,8 +188,7 @@ def test_what_is_refused(files, cache, tmp_path, monkeypatch):
     def build(out=tmp_path, per_shard=5, crops=CROPS, **fields):
         return cache_builder.Builder(run_config(files, **fields), str(out), crops, per_shard, 1)
 
-    says = r"holds another cache: facts\.crop\.interpolation .*bicubic.*bilinear"
-    refused(says, build, cache, data__crop__interpolation="bilinear")
+    refused(r"facts\.crop\.interpolation .*bicubic.*bilinear", build, cache, data__crop__interpolation="bilinear")
     refused(r"holds another cache: crops \(2 there, 3 here\)", build, cache, crops=3)
     refused("leave it empty", build, data__latents="somewhere")
     refused("a folder on this machine", build, "gs://bucket/latents")
@@ -199,17 +198,14 @@ def test_what_is_refused(files, cache, tmp_path, monkeypatch):
     monkeypatch.setattr(cache_builder.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 10**3))
     refused(r"GiB are free there", builder.run)
     monkeypatch.undo()
-
     full = mock.Mock(side_effect=OSError("write() failed: No space left on device"))
     monkeypatch.setattr(cache_builder, "write_shard", full)
     failed(r"00000-of-00005.* cannot be written .*No space left.* the same command", builder.run)
     run = loop.Run(run_config(files, cache), tmp_path / "good")
     assert f"latents from {cache}" in run.describe()
     run.batches.close()
-    half = run_config(files, cache, dtype="bfloat16")
     says = r"made with other settings: dtype \('float32' there, 'bfloat16' here\)"
-    refused(says, loop.Run, half, tmp_path / "run")
-    kuea = [small.kuea_config(data__latents=latents) for latents in ("somewhere", "")]
-    refused("kuea has no frozen model whose outputs", small.program, kuea[0])
-    refused("kuea has no frozen model whose outputs", cache_builder.Builder, kuea[1], str(tmp_path), 1, 5, 1)
+    refused(says, loop.Run, run_config(files, cache, dtype="bfloat16"), tmp_path / "run")
+    kuea = small.kuea_config()
+    refused("kuea has no frozen model whose outputs", cache_builder.Builder, kuea, str(tmp_path), 1, 5, 1)
     assert not (tmp_path / "run").exists()

@@ -21,43 +21,26 @@ def small_adapters(p):
     return {n: 0.05 * a if n.endswith("lora/b") else a for n, a in small.random_arrays(p).items()}
 
 
-FSDP = dict(mesh__fsdp=2, mesh__min_shard=64)
-# Objective -> (fields of its config, those on eight devices alone).
-DEVICES = {
-    # Parts of the generator are trained too.
-    "diva": (dict(optim__eps=1e-4), FSDP | dict(mesh__fsdp=4, mesh__shard_frozen=False)),
-    # With everything that it can draw, and an anchor and an average. AdamW divides the key biases' gradient, which is
-    # rounding alone, by its own size: 1e-8 would show it.
-    "unclip": (dict(anchor__weight=0.1, ema__decay=0.5, optim__eps=1e-4), FSDP | dict(mesh__fsdp=4)),
-    # Eight devices hold half a group each; passes one condition at a time are computed again in the backward pass.
-    "dcr": (dict(condition__warmup_steps=0, dcr__tile=11), dict(dcr__tile=2)),
-    # The adapters' dropout included.
-    "genhancer": (dict(genhancer__stage1_steps=0, genhancer__stage2="all"), FSDP | dict(mesh__fsdp=8)),
-    # Everything that it can draw, and both sides of the loss.
-    "judge": (dict(judge__verdict="shuffled", judge__image_weight=0.3, judge__beta=3.0, optim__lr=1e-3), FSDP),
-    "kuea": ({}, {}),
-    "salm": (dict(accum=2, steps=3), FSDP),
-    # All terms, two micro-batches.
-    "comclip": (dict(accum=2, relation__with_self=False), {}),
-    "smartclip": (dict(trainable=(("mask_net/.*", 3.0), (".*", 1.0))), {}),
-}
-DEVICES["diva"][0].update(trainable=(("(vision|visual_proj|unet/conv_out)/.*|text_context", 1.0), (".*", 0.0)))
-DEVICES["unclip"][0].update(unclip__embed_noise="random", unclip__embed_drop=0.3)
-DEVICES["genhancer"][0].update(optim__lr=1e-3, optim__warmup_steps=0)
+# Objective -> the fields of its config, and those on eight devices alone.
+DEVICES = json.loads(Path(__file__).with_name("devices.json").read_text())
+
+
+def tupled(value):
+    return tuple(map(tupled, value)) if isinstance(value, list) else value
 
 
 def config_of(name: str, fields):
     """The small config of an objective with these fields, or the default one of a tuple's backbone and diffusion."""
     if isinstance(fields, tuple):
         return config.default(*fields, objective=name)
-    fields = {n: tuple(v) if isinstance(v, list) else v for n, v in fields.items()}
+    fields = {n: tupled(v) for n, v in fields.items()}
     return small.with_fields(getattr(small, f"{'small' if name == 'diva' else name}_config")().unlock(), fields)
 
 
 @pytest.mark.parametrize("name", DEVICES)
 def test_a_step_changes_what_it_trains_alone_on_any_devices(name):
     """It is traced once, and the optimizer holds nothing else."""
-    (fields, more), arrays = DEVICES[name], small_adapters if name == "dcr" else small.random_arrays
+    (_, fields, more), arrays = DEVICES[name].values(), small_adapters if name == "dcr" else small.random_arrays
     chex.clear_trace_counter()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(step, "train_step", chex.assert_max_traces(step.train_step, n=1))

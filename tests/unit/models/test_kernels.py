@@ -12,8 +12,9 @@ from helpers import abstract_mesh, abstract_mesh as mesh, close
 from jax.sharding import PartitionSpec as P
 
 from diva_jax.models import attention, kernels as pallas, platform
+from diva_jax.models.backbones.shared import transformer
 from diva_jax.models.diffusion import blocks
-from diva_jax.models.layers import Layers
+from diva_jax.models.layers import Layers, abstract
 
 
 def qkv(n, m, heads, width):
@@ -102,6 +103,19 @@ def test_each_implementation_is_for_its_device(monkeypatch):
     assert not attention.kernel_of(4096, 4096, 1024, 8, tpu), "a head that no tile is known for"
     assert not attention.kernel_of(4096, 4096, 64, 6, tpu), "a batch that the devices cannot share"
     assert bool(attention.kernel_of(4096, 77, 64, 8, tpu)) == (attention.KERNEL_FROM["cross"] <= 4096)
+
+
+@pytest.mark.parametrize("images, tokens, allowed, count", [
+    (64, 257, None, 8), (8, 257, None, 1), (64, 577, None, 1), (64, 577, set(), 32), (7, 577, set(), 7),
+])  # fmt: skip
+def test_towers_with_remat_take_a_batch_in_parts_whose_scores_fit(images, tokens, allowed, count):
+    """Of images per device, with XLA's attention; the chip may have none."""
+    stack = abstract(lambda rngs: transformer.blocks(Layers(rngs, jnp.bfloat16), 1, 1024, 16, 64, "gelu", 1e-5))
+    x = jax.ShapeDtypeStruct((4 * images, tokens, 1024), jnp.bfloat16)
+    for kind, parts in (("TPU v5 lite", count), ("TPU7x", 1), ("any", 1)):
+        with platform.traced_on(mesh("tpu", kind=kind), allowed):
+            text = str(jax.make_jaxpr(lambda x: transformer.run(stack, x, remat=True))(x))
+        assert [int(n) for n in re.findall(r"length=(\d+)", text)] == [parts] * (parts > 1)
 
 
 def program(device, allowed=None, length=1024, **kw):
