@@ -48,9 +48,7 @@ class Settings:
     )
     bootstrap: int = field(10_000, "Each interval is that of this many resamples.", at_least(1))
     seed: int = field(0, "The seed of the resamples and of all random draws of a task.", at_least(0))
-    dtype: str = choice(
-        ("float32", "bfloat16"), "The towers compute in this dtype; float32 uses the chip's full precision."
-    )
+    dtype: str = choice(("float32", "bfloat16"), "The towers' dtype; float32 uses the chip's full precision.")
     tokenizer: str = field("", "The tokenizer's files are in this folder; if empty, they are those of the weights.")
 
 

@@ -113,7 +113,9 @@ def with_terms(kind: type[Objective]) -> type[Objective]:
             dtypes, cached = (config.dtype, config.frozen_dtype), bool(config.data.latents)
             self.terms = _Terms(names, *sections, dtypes, cached, own["image"], spec, teacher)
             self.compares_images = self.compares_images or names != ("anchor",)
-            kw = dict(rngs=rngs, dtype=jnp.dtype(config.dtype), param_dtype=jnp.dtype(config.frozen_dtype))
+            # Nothing is computed again where nothing is trained, but on TPUs remat takes a large batch in parts.
+            dtype, held = jnp.dtype(config.dtype), jnp.dtype(config.frozen_dtype)
+            kw = dict(rngs=rngs, dtype=dtype, param_dtype=held, remat=True)
             for name in names * (not cached):
                 of = teacher if name == "relation" else spec
                 setattr(self, name, Text(of, **kw) if name == "contrast" else backbones.build(of, **kw))
