@@ -1,8 +1,8 @@
 """Softmax attention: a flash kernel for long sequences on TPUs, cuDNN's on GPUs, one of our own on CPUs.
 
 Elsewhere, with masks, and in dtypes that these do not take, it is plain XLA. So it is on TPUs where our kernel may not
-be used, but for sequences whose scores would not fit into HBM: these have jax's splash attention. The choice is made
-while a function is traced, by the platform that it is traced for (`platform.py`).
+be used, but for sequences whose scores would take most of the time, or not fit into HBM: these have jax's splash
+attention. The choice is made while a function is traced, by the platform that it is traced for (`platform.py`).
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from diva_jax.models.platform import LANES, Array, allowed, by_device, tile, tra
 # Smallest number of queries for which the kernel is used, for self-attention and for cross-attention. With fewer
 # queries, the scores fit into VMEM and XLA's fused softmax is not limited by HBM bandwidth.
 KERNEL_FROM = {"self": 512, "cross": 4096}
-SPLASH_FROM = 4096  # Smallest number of queries and of keys for jax's kernel, where ours may not be used.
+SPLASH_FROM = 1024  # Smallest number of queries and of keys for jax's kernel, where ours may not be used.
 # Largest head dim -> largest number of queries and of keys per tile. The float32 scores and sums of a tile must fit
 # into VMEM.
 MAX_BLOCK = {128: 1024, 512: 512}
