@@ -29,7 +29,7 @@ BLOCKS = r"blocks/\d+/(attn/(qkv|proj)|mlp/fc[12])"
 TARGETS = {"vit": rf"{BLOCKS}|proj", "siglip": rf"{BLOCKS}|attn_pool/mlp/fc[12]"}
 SIGLIP_HEAD = "attn_pool/proj"
 
-_DROPOUT: contextvars.ContextVar[Array | None] = contextvars.ContextVar("dropout", default=None)
+DROPOUT: contextvars.ContextVar[Array | None] = contextvars.ContextVar("dropout", default=None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,11 +63,11 @@ class Lora:
 def dropout(keys: Array | None) -> Iterator[None]:
     """Adapters drop elements of their inputs, [B, ...], where a model is called, or traced, in this context. `keys` are
     PRNG keys, one per image, [B], None: no dropout; an image's masks depend on its key and on the layer alone."""
-    token = _DROPOUT.set(keys)
+    token = DROPOUT.set(keys)
     try:
         yield
     finally:
-        _DROPOUT.reset(token)
+        DROPOUT.reset(token)
 
 
 class Update(nnx.Module):
@@ -99,7 +99,7 @@ class Update(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         """(alpha / rank) B A drop(x), [..., n_in] -> [..., n_out]."""
-        keys = _DROPOUT.get()
+        keys = DROPOUT.get()
         drops = self.drop > 0 and keys is not None
         x = self._dropped(x, keys) if drops else jnp.broadcast_to(x, (len(self.parts), *x.shape))
         a, b = self.a[...].astype(x.dtype), self.b[...].astype(x.dtype)

@@ -33,12 +33,12 @@ def kernel_of(n: int, m: int, width: int, batch: int, mesh) -> Callable | None:
     return flash if allowed(f"attention {width}") else splash if min(n, m) >= SPLASH_FROM else None
 
 
-def parts(batch: int, n: int, heads: int, width: int) -> int:
-    """The number of parts in which a tower takes a batch: in each, XLA's operations keep the scores of self-attention
-    over n tokens, heads of `width`, in a TPU's VMEM (docs/PERFORMANCE.md, "Parts of a batch")."""
-    mesh = jax.sharding.get_abstract_mesh()
+def parts(shape: tuple[int, int, int], heads: int) -> int:
+    """The number of parts in which a tower takes a batch, [B, N, D]: in each, XLA's operations keep the scores of
+    self-attention in a TPU's VMEM (docs/PERFORMANCE.md, "Parts of a batch")."""
+    (batch, n, width), mesh = shape, jax.sharding.get_abstract_mesh()
     chip = chips.of(mesh.abstract_device) if traced_for(mesh) == "tpu" else None
-    if not chip or not chip.scores or batch % mesh.size or kernel_of(n, n, width, batch, mesh):
+    if not chip or not chip.scores or batch % mesh.size or kernel_of(n, n, width // heads, batch, mesh):
         return 1
     images = batch // mesh.size
     most = max(1, chip.scores // (heads * n * (n + -n % LANES) * 4))

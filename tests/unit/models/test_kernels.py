@@ -11,7 +11,7 @@ from flax import nnx
 from helpers import abstract_mesh, abstract_mesh as mesh, close
 from jax.sharding import PartitionSpec as P
 
-from diva_jax.models import attention, kernels as pallas, platform
+from diva_jax.models import adapters, attention, kernels as pallas, platform
 from diva_jax.models.backbones.shared import transformer
 from diva_jax.models.diffusion import blocks
 from diva_jax.models.layers import Layers, abstract
@@ -111,8 +111,8 @@ def test_each_implementation_is_for_its_device(monkeypatch):
 def test_towers_with_remat_take_a_batch_in_parts_whose_scores_fit(images, tokens, allowed, count):
     stack = abstract(lambda rngs: transformer.blocks(Layers(rngs, jnp.bfloat16), 1, 1024, 16, 64, "gelu", 1e-5))
     x = jax.ShapeDtypeStruct((4 * images, tokens, 1024), jnp.bfloat16)
-    for kind, parts in (("TPU v5 lite", count), ("TPU7x", 1), ("any", 1)):
-        with platform.traced_on(mesh("tpu", kind=kind), allowed):
+    for kind, keys, parts in (("TPU v5 lite", None, count), ("TPU v5 lite", x, 1), ("TPU7x", None, 1), ("", None, 1)):
+        with platform.traced_on(mesh("tpu", kind=kind), allowed), adapters.dropout(keys):
             text = str(jax.make_jaxpr(lambda x: transformer.run(stack, x, remat=True))(x))
         assert [int(n) for n in re.findall(r"length=(\d+)", text)] == [parts] * (parts > 1)
 

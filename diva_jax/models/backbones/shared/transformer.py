@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from diva_jax.common.errors import UserError
+from diva_jax.models.adapters import DROPOUT
 from diva_jax.models.attention import parts
 from diva_jax.models.backbones import Spec, architecture
 from diva_jax.models.layers import ACTIVATIONS, Array, Layers, attention, split_qkv
@@ -65,14 +66,13 @@ def blocks(make: Layers, layers: int, *args, block: Callable[..., nnx.Module] = 
 
 
 def run(stack: nnx.List, x: Array, *args: Array, remat: bool = False) -> Array:
-    """[B, N, D] through all blocks, each called with `args` too; `remat` recomputes them in the backward pass, and on
-    TPUs takes each block in the parts of the batch that are fastest."""
+    """[B, N, D] through all blocks, each called with `args` too; `remat` recomputes them in the backward pass. It takes
+    each block in parts of the batch where these are faster, but for dropout, whose keys are those of all images."""
     if not remat:
         for block in stack:
             x = block(x, *args)
         return x
-    heads = stack[0].attn.heads
-    count = parts(*x.shape[:2], heads, x.shape[2] // heads)
+    count = 1 if DROPOUT.get() is not None else parts(x.shape, stack[0].attn.heads)
     for graph, state in map(nnx.split, stack):
         step = jax.checkpoint(lambda state, x, graph=graph: nnx.merge(graph, state)(x, *args), prevent_cse=count == 1)
         step = partial(step, state)
