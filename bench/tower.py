@@ -2,8 +2,8 @@
 
     python bench/tower.py [--topology=v5e:2x2] [--images=64] [--parts=8] [--tokens=257] [--width=1024] [--kernels=own]
 
-The gradient is that of the weights, held in float32, and of the input, in bfloat16; blocks are computed
-again in the backward pass, as with config.remat=vision. Heads have 64 channels. The slice is not needed, only libtpu
+The gradient is that of the weights, held in float32, and of the input, in bfloat16; blocks are computed again in the
+backward pass, as with config.remat=vision. Heads have 64 channels. The slice is not needed, only libtpu
 (see diva_jax/aot.py). A line per program: milliseconds per block that the compiler estimates for operations, plus the
 kernels' time at the bound of their shapes.
 """
@@ -13,6 +13,7 @@ from unittest import mock
 
 import jax
 import jax.numpy as jnp
+import unet
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec as P
 
@@ -51,14 +52,9 @@ def compiled(args, chip: chips.Chip, mesh) -> jax.stages.Compiled:
 
 def line(name: str, program: jax.stages.Compiled, chip: chips.Chip) -> str:
     cost = hlo.analyse(program.as_text(), chip)
-    kinds = {}
-    for part in cost["parts"].values():
-        for kind, ms in part["kinds"].items():
-            kinds[kind] = kinds.get(kind, 0) + ms / BLOCKS
     return (
         f"{name}: {cost['model_ms'] / BLOCKS:.2f} + {cost['kernel_bound_ms'] / BLOCKS:.2f} kernels ms per block, "
-        f"temporaries {program.memory_analysis().temp_size_in_bytes / 2**30:.2f} GiB; "
-        + " ".join(f"{k} {v:.2f}" for k, v in sorted(kinds.items(), key=lambda i: -i[1]))
+        f"temporaries {program.memory_analysis().temp_size_in_bytes / 2**30:.2f} GiB; " + unet.kinds(cost, BLOCKS)
     )
 
 

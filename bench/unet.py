@@ -9,6 +9,7 @@ milliseconds that the compiler estimates for operations, and the kernels' time a
 """
 
 import argparse
+import collections
 import json
 import time
 from pathlib import Path
@@ -113,16 +114,19 @@ def measure(args) -> dict:
     return row | cost
 
 
+def kinds(cost: dict, blocks: int = 1) -> str:
+    """Milliseconds per block of each kind of operation, in all parts of an `hlo.analyse`, the largest first."""
+    found = collections.Counter()
+    for part in cost["parts"].values():
+        found.update(part["kinds"])
+    return " ".join(f"{kind} {ms / blocks:.2f}" for kind, ms in found.most_common())
+
+
 def line(row: dict) -> str:
-    kinds = {}
-    for part in row["parts"].values():
-        for kind, ms in part["kinds"].items():
-            kinds[kind] = kinds.get(kind, 0) + ms
     found = (
         f"{row['part']} {row['topology']} x{row['images']} [{row['options']}]: {row['model_ms']:.2f} + "
         f"{row['kernel_bound_ms']:.2f} kernels ms ({row['kernel_ms']:.2f} at peak), {row['hbm_gb']:.2f} GB, "
-        f"temporaries {row['temporaries'] / 2**30:.2f} GiB, compiled in {row['seconds']:.0f} s; "
-        + " ".join(f"{k} {v:.2f}" for k, v in sorted(kinds.items(), key=lambda i: -i[1]))
+        f"temporaries {row['temporaries'] / 2**30:.2f} GiB, compiled in {row['seconds']:.0f} s; " + kinds(row)
     )
     return found + (f"; {row['ms_per_image']:.2f} ms per image, MFU {row['mfu']:.1%}" if "mfu" in row else "")
 
