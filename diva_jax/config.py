@@ -174,7 +174,7 @@ class RunOptions:
     )
     compiler_options: str = field(
         compiler.AUTO,
-        "Options of the TPU compiler, NAME=VALUE,...; auto: those of the chip's row in costs/chips.py; if empty, none.",
+        "Options of the TPU compiler, NAME=VALUE,...; auto: those of the chip in costs/chips.json; if empty, none.",
         Rule(
             lambda v: v == compiler.AUTO or compiler.parse(v) is not None,
             "must be auto, or options of the TPU compiler as NAME=VALUE,NAME=VALUE",

@@ -44,7 +44,7 @@ class Settings:
         Rule(lambda entries: all(isinstance(e, str) for e in entries), "must be texts TASK=PATH"),
     )
     batch_size: int = field(
-        64, "A forward pass has this many images or texts, over all devices; no score depends on it.", at_least(1)
+        64, "A forward pass has this many images or texts over all devices; no effect on scores.", at_least(1)
     )
     bootstrap: int = field(10_000, "Each interval is that of this many resamples.", at_least(1))
     seed: int = field(0, "The seed of the resamples and of all random draws of a task.", at_least(0))

@@ -214,18 +214,24 @@ def _plain(x: Array, kernel: Array, strides, padding, lhs_dilation, rhs_dilation
     )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def _fast(x: Array, kernel: Array, strides: tuple[int, ...], padding: Padding, precision) -> Array:
-    """[B, H, W, in], [h, w, in, out] -> [B, H', W', out]."""
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
+def _fast(x: Array, kernel: Array, strides: tuple[int, ...], padding: Padding, precision, once: bool = False) -> Array:
+    """[B, H, W, in], [h, w, in, out] -> [B, H', W', out]; `once` as in `convolve_once`."""
     return _plain(x, kernel, strides, padding, (1, 1), (1, 1), precision)
 
 
-def _convolve_backward(strides, padding, precision, given, g):
+def _turned(kernel: Array) -> Array:
+    for axis in (0, 1):
+        kernel = jnp.concatenate(jnp.split(kernel, kernel.shape[axis], axis)[::-1], axis)
+    return kernel
+
+
+def _convolve_backward(strides, padding, precision, once, given, g):
     x, kernel = given
     sizes = list(zip(x.shape[1:3], kernel.shape[:2], g.shape[1:3], strides, padding, strict=True))
     # Of the input: the gradient, with zeros between its rows, and the kernel turned around.
     around = [(k - 1 - low, n + low - (m - 1) * s - 1) for n, k, m, s, (low, _) in sizes]
-    turned = kernel[::-1, ::-1].swapaxes(2, 3)
+    turned = (_turned(kernel) if once else kernel[::-1, ::-1]).swapaxes(2, 3)
     to_x = _plain(g, turned, (1, 1), around, strides, (1, 1), precision)
     # Of the kernel: images and channels change places.
     around = [(low, (m - 1) * s + k - n - low) for n, k, m, s, (low, _) in sizes]
@@ -236,6 +242,12 @@ def _convolve_backward(strides, padding, precision, given, g):
 
 
 _fast.defvjp(lambda x, kernel, *how: (_fast(x, kernel, *how), (x, kernel)), _convolve_backward)
+
+
+def convolve_once(x: Array, kernel: Array, padding: Padding) -> Array:
+    """As `convolve` on CPUs, without strides. What the backward pass makes of a frozen kernel it makes once, and not in
+    each turn of a loop: XLA moves a concatenation out of loops, but not a reversal."""
+    return _fast(x, kernel, (1, 1), padding, None, True)
 
 
 def convolve(x: Array, kernel: Array, strides: Sequence[int], padding: Padding, *, precision=None, **others) -> Array:

@@ -51,9 +51,7 @@ class DcrOptions:
         "(faithful)."
     )
     tower_norm: str = switch("The tower's input has the backbone's own mean and std (exact), or OpenAI's (faithful).")
-    text_mask: str = switch(
-        "The prompt attends to padding, as in Stable Diffusion's pipeline (exact), or not (faithful)."
-    )
+    text_mask: str = switch("The prompt attends to padding, as Stable Diffusion's does (exact), or not (faithful).")
     schedule_dtype: str = switch("The products of 1 - beta are in float32 (exact), or in config.dtype (faithful).")
     loss_dtype: str = switch("Predictions, logits and loss are in float32 (exact), or in config.dtype (faithful).")
     stage1_loss: str = switch(

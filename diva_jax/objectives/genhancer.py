@@ -80,11 +80,9 @@ class GenHancerOptions:
         "it (faithful)."
     )
     siglip_head_out: str = switch(
-        "SigLIP's pooling head's output is adapted (exact), or its bias alone trained (faithful)."
+        "The output of SigLIP's head is adapted (exact), or its bias alone trained (faithful)."
     )
-    siglip_gelu: str = switch(
-        "SigLIP's activation is config.backbone.activation (exact), or tanh's approximation of GELU (faithful)."
-    )
+    siglip_gelu: str = switch("SigLIP's activation is config.backbone.activation (exact), or tanh's GELU (faithful).")
     denoiser: FlowConfig = FlowConfig()
     vae: GenHancerVae = GenHancerVae()
     lora: GenHancerLora = GenHancerLora(dropout=0.1, biases=True)

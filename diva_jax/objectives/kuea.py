@@ -49,11 +49,9 @@ class KueaOptions:
     )
     teacher_norm: str = switch("The teacher's input has its own mean and std (exact), or the backbone's (faithful).")
     teacher_resize: str = switch(
-        "The teacher's input is prepared from the image (exact), or is the backbone's view, resized (faithful)."
+        "The teacher's input is made of the image (exact), or of the backbone's view (faithful)."
     )
-    teacher_crop_from: int = field(
-        256, "With teacher_resize=exact, images are resized to this before the crop [pixels].", at_least(0)
-    )
+    teacher_crop_from: int = field(256, "Side before the crop with teacher_resize=exact [pixels].", at_least(0))
     teacher: backbones.Spec = backbones.DINOV2_L
 
     @property

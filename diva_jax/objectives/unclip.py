@@ -52,9 +52,7 @@ class UnclipOptions:
         Rule(_EMBED_NOISE.fullmatch, "must be none, mean0, random or level<L>, e.g. level0, L below 1000"),
     )
     embed_drop: float = field(0.0, "The class label is zero for this share of the images.", below(0, 1))
-    stats: str = choice(
-        ("on", "off"), "Noise is scaled by the generator's mean and std of embeddings (on), or by 0 and 1 (off)."
-    )
+    stats: str = choice(("on", "off"), "Noise is scaled by the generator's mean and std (on), or by 0 and 1 (off).")
     latents: str = choice(("sample", "mean"), "Latents are a sample of the VAE's posterior or its mean.")
     condition_of: str = choice(
         ("own", "next"),

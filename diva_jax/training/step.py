@@ -46,9 +46,7 @@ class OptimOptions:
     momentum: float = field(0.9, "The momentum of sgd.", below(0, 1))
     b1: float = field(0.9, "The decay of adamw's average of gradients.", below(0, 1))
     b2: float = field(0.999, "The decay of adamw's average of squared gradients.", below(0, 1))
-    eps: float = field(
-        1e-8, "The epsilon of adamw's denominator.", Rule(lambda v: 0 < v <= 1, "must be above 0, at most 1")
-    )
+    eps: float = field(1e-8, "Adamw's epsilon.", Rule(lambda v: 0 < v <= 1, "must be above 0, at most 1"))
     weight_decay: float = field(0.0, "The decay of weights, decoupled in adamw, not in sgd.", between(0, 1e38))
     decay_all: bool = field(False, "Whether vectors, such as biases and norms, decay as matrices do.")
     no_decay: str = field(

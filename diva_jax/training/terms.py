@@ -22,16 +22,15 @@ from diva_jax.objectives.shared import pairs
 from diva_jax.weights import parts
 
 
+def _weight(of: str):
+    return field(0.0, f"{of} is added to the loss with this weight; 0: it is not.", between(0, 1e38))
+
+
 @dataclasses.dataclass(frozen=True)
 class AnchorOptions:
     """`config.anchor`."""
 
-    weight: float = field(
-        0.0,
-        "The squared distance of the pooled embedding to the untuned encoder's is added to the loss with this weight; "
-        "0: it is not.",
-        between(0, 1e38),
-    )
+    weight: float = _weight("The squared distance of the pooled embedding to the untuned encoder's")
     of: str = choice(
         ("embedding", "unit"),
         "The distance is that of the embeddings, summed over dimensions (embedding), or that of embeddings of length "
@@ -43,12 +42,7 @@ class AnchorOptions:
 class ContrastOptions:
     """`config.contrast`."""
 
-    weight: float = field(
-        0.0,
-        "CLIP's contrastive loss of the batch's images with their captions, which the backbone's frozen text tower "
-        "embeds, is added to the loss with this weight; 0: it is not.",
-        between(0, 1e38),
-    )
+    weight: float = _weight("CLIP's contrastive loss of images and their captions, which the frozen text tower embeds,")
     temperature: float = field(0.01, "Cosines are divided by this constant, which is not trained.", above(0))
     tokenizer: str = field("", "The tokenizer's files are in this folder; if empty, they are those of backbone.source.")
 
@@ -57,12 +51,7 @@ class ContrastOptions:
 class RelationOptions:
     """`config.relation`."""
 
-    weight: float = field(
-        0.0,
-        "The divergence of the similarities within the batch from those of config.teacher is added to the loss with "
-        "this weight; 0: it is not.",
-        between(0, 1e38),
-    )
+    weight: float = _weight("The divergence of the similarities within the batch from those of config.teacher")
     temperature: float = field(0.1, "Cosines are divided by this before the softmax of each row.", above(0))
     with_self: bool = field(True, "Whether an image's similarity to itself takes part.")
 

@@ -23,15 +23,10 @@ from helpers import relative_error  # noqa: E402
 
 
 def errors(path: str | Path) -> list[tuple[str, float, float]]:
-    """Returns (quantity, relative L2 error, bound), for every result that a file records.
-
-    The module of its method has `PREFIX`, how its files' names begin, and `compare(path, z, sd)`, which returns by
-    quantity what is recorded and what we compute, and what an error is relative to where that is not the recorded one;
-    `sd` are the state dicts of U-Net and VAE.
-
-    Raises:
-      ValueError: no method has files of this name, or it records other quantities than we compute.
-    """
+    """Returns (quantity, relative L2 error, bound), for every result that a file records; a ValueError if no method has
+    files of this name, or it records other quantities than we compute. The module of its method has `PREFIX`, how its
+    files' names begin, and `compare(path, z, sd)`, which returns by quantity what is recorded and what we compute, and
+    what an error is relative to where that is not the recorded one; `sd` are the state dicts of U-Net and VAE."""
     path = Path(path)
     methods = [importlib.import_module(name) for name in METHODS]
     if not (method := next((m for m in methods if path.stem.startswith(m.PREFIX)), None)):

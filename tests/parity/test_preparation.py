@@ -233,10 +233,6 @@ def test_broken_images_raise(photographs):
 SHAPES = [(64, 64, 28), (60, 60, 42), (42, 42, 60), (37, 53, 28), (51, 34, 48), (512, 512, 224)]
 
 
-def random_images(*shape):
-    return np.random.default_rng(0).random((2, *shape, 3)).astype(np.float32)
-
-
 def by_torch(call, x, *args, **kw):
     """A function of PyTorch or torchvision, whose images are channels first, of ours."""
     return call(torch.tensor(np.asarray(x)).permute(0, 3, 1, 2), *args, **kw).permute(0, 2, 3, 1).numpy()
@@ -245,7 +241,8 @@ def by_torch(call, x, *args, **kw):
 @pytest.mark.parametrize("h, w, size", SHAPES)
 @pytest.mark.parametrize("mode", ["faithful", "exact"])
 def test_backbone_view_is_torch_interpolate(h, w, size, mode):
-    x, mean, std = random_images(h, w), OPENAI_MEAN, (0.2, 0.3, 0.25)
+    x = np.random.default_rng(0).random((2, h, w, 3)).astype(np.float32)
+    mean, std = OPENAI_MEAN, (0.2, 0.3, 0.25)
     if mode == "faithful":
         expected = by_torch(F.interpolate, by_torch(TF.normalize, x, mean, std), (size, size), mode="bilinear")
     else:

@@ -28,7 +28,7 @@ class ChoiceOptions:
     """The section `config.eval.choice`."""
 
     layout: str = choice(
-        ("", *LAYOUTS), "A file that has no published name has this layout; if empty, the name tells it."
+        ("", *LAYOUTS), "A file without a published name has this layout; if empty, the name tells it."
     )
     images: str = field("", "The images are in this folder; if empty, in that of the file.")
     allow_partial: bool = field(False, "Whether a published file may have another number of items.")

@@ -41,9 +41,7 @@ _ZERO_MEANS = packaged(__file__, "feedback.json")["zero_means"]
 class FeedbackOptions:
     """The section `config.eval.feedback`."""
 
-    images: int = field(
-        256, "At most this many images are used, chosen by the seed; they are kept in memory.", at_least(2)
-    )
+    images: int = field(256, "At most this many images are used, chosen by the seed and kept in memory.", at_least(2))
     draws: int = field(4, "Gradients are compared between this many draws on the same images.", at_least(2))
 
 

@@ -31,9 +31,7 @@ OWN = ((0, 0), (1, 1))  # Text 1 belongs to image 1, text 2 to image 2.
 class MmvpOptions:
     """The section `config.eval.mmvp`."""
 
-    seeds: int = field(
-        10, "A published readout that averages random patches is averaged over this many draws of them.", at_least(1)
-    )
+    seeds: int = field(10, "A published readout of random patches is averaged over this many draws.", at_least(1))
 
 
 class Question(NamedTuple):

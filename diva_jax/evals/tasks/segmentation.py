@@ -36,9 +36,7 @@ class SegmentationOptions:
     """The section `config.eval.segmentation`."""
 
     last: str = field("sclip", "The last block is run in this variant.", one_of(*VARIANTS))
-    short_side: int = field(
-        0, "The image's shorter side is resized to this; 0: to one and a half windows [pixels].", at_least(0)
-    )
+    short_side: int = field(0, "The shorter side is resized to this; 0: one and a half windows [pixels].", at_least(0))
     stride: int = field(
         0,
         "Windows, which are of the backbone's image size, have this distance; 0: half a window [pixels].",
@@ -48,9 +46,7 @@ class SegmentationOptions:
     background: float = field(
         0.0, "Where no class is as probable as this, a set that has a background has it there.", below(0, 1)
     )
-    classes: str = field(
-        "", "A text file with a line per class, synonyms separated by commas; if empty, the set's own are used."
-    )
+    classes: str = field("", "A text file with a line per class, synonyms between commas; if empty, the set's own.")
     allow_partial: bool = field(False, "Whether a set may have fewer images than the published one.")
 
 

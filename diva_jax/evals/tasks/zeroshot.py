@@ -27,9 +27,7 @@ class ZeroShotOptions:
     """The section `config.eval.zeroshot`."""
 
     classes: str = field("", 'A JSON file of class names, or "imagenet"; if empty, the data\'s own are used.')
-    templates: str = field(
-        "", "A JSON file of prompt templates; if empty, the data's own are used, or else ImageNet's."
-    )
+    templates: str = field("", "A JSON file of prompt templates; if empty, the data's own are used, or ImageNet's.")
 
 
 @functools.cache

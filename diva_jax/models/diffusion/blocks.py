@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from diva_jax.models.attention import attention
-from diva_jax.models.layers import Array, Layers, geglu, heads
+from diva_jax.models.layers import Array, Layers, convolve_once, geglu, heads
 from diva_jax.models.platform import LANES, allowed, by_device, traced_for
 
 # Smallest number of tokens for which the kernel is used. With fewer of them and more channels, as in the U-Net's deeper
@@ -146,8 +146,26 @@ class Upsample(nnx.Module):
 
     def __call__(self, x: Array, size: tuple[int, int]) -> Array:
         """[B, H, W, n] -> [B, *size, n]; size[0] is 2H or 2H - 1, size[1] is 2W or 2W - 1."""
-        x = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
-        return self.conv(x[:, : size[0], : size[1]])
+        batch, height, width, n = x.shape
+        if size != (2 * height, 2 * width):
+            x = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
+            return self.conv(x[:, : size[0], : size[1]])
+        # The nine taps of an output pixel see 2 x 2 pixels of x. With the weights of each of these added up first, four
+        # convolutions, for even and odd rows and columns, make 4/9 of the products. The sums are in the dtype of the
+        # convolution, because XLA does not move an operation that makes the weights larger out of loops.
+        conv, rows = self.conv, []
+        x, kernel = x.astype(conv.dtype), conv.kernel[...].astype(conv.dtype)
+        for dy, of_rows in enumerate(_pairs(kernel, 0)):
+            around = [((1 - dy, dy), (1 - dx, dx)) for dx in (0, 1)]
+            columns = [convolve_once(x, k, p) for k, p in zip(_pairs(of_rows, 1), around, strict=True)]
+            rows.append(jnp.concatenate(columns, axis=-1).reshape(batch, height, 1, 2 * width, n))
+        return jnp.concatenate(rows, axis=2).reshape(batch, *size, n) + conv.bias[...].astype(conv.dtype)
+
+
+def _pairs(kernel: Array, axis: int) -> tuple[Array, Array]:
+    """The weights of an even and of an odd output for the two inputs that its three taps see."""
+    before, at, after = jnp.split(kernel, 3, axis)
+    return jnp.concatenate([before, at + after], axis), jnp.concatenate([before + at, after], axis)
 
 
 class ContextAttention(nnx.Module):

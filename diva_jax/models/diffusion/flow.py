@@ -35,9 +35,7 @@ class FlowConfig:
     heads: int = field(24, "The heads of the attention.", between(1, 1024))
     double_blocks: int = field(2, "The number of blocks with separate weights for image and text.", between(0, 1024))
     single_blocks: int = field(4, "The number of blocks with the same weights for image and text.", between(0, 1024))
-    axes: tuple[int, ...] = field(
-        (16, 56, 56), "The channels of a head for each component of a position (0, row, column)."
-    )
+    axes: tuple[int, ...] = field((16, 56, 56), "A head's channels for each component of a position (0, row, column).")
     theta: float = field(10000.0, "The base of the rotary embedding.", above(0))
     mlp_ratio: float = field(4.0, "The hidden width of the MLPs, over the width of the transformer.", above(0))
     zero_out: bool = field(

@@ -155,14 +155,6 @@ def test_round_trip_of_vit_b_32_at_full_size(tmp_path):
         assert f"{fmt}: all 302 tensors are bit-identical to those of the original file" in printed, printed
 
 
-def token_ids() -> np.ndarray:
-    """Texts of several lengths; the highest id is that of the end."""
-    ids = np.random.default_rng(3).integers(3, SPEC.text.vocab_size - 1, (COUNT, TOKENS)).astype(np.int32)
-    for row, length in zip(ids, (5, TOKENS, 11), strict=True):
-        row[length - 1], row[length:] = SPEC.text.vocab_size - 1, 0
-    return ids
-
-
 @pytest.mark.parametrize("objective", [n if n in SAMPLE else pytest.param(n, marks=pytest.mark.slow) for n in RUNS])
 def test_originals_compute_what_the_evaluation_does(objective, source, tmp_path):
     c = config_of(objective, source)
@@ -185,18 +177,21 @@ def test_originals_compute_what_the_evaluation_does(objective, source, tmp_path)
 
     found = origins.open_run(tmp_path / "run")
     assert ("text" in merged) == (objective == "smartclip") and found.run["tuned"] == sorted(merged)
-    ids = token_ids() if "text" in merged else None
-    texts = None if ids is None else towers.texts(merged["text"], ids)
-    if ids is not None:
-        close(towers.texts(read.text, ids), texts, 1e-6)
+    # Texts of several lengths, if it has a text tower; the highest id is that of the end.
+    ids = np.random.default_rng(3).integers(3, SPEC.text.vocab_size - 1, (COUNT, TOKENS)).astype(np.int32)
+    for row, length in zip(ids, (5, TOKENS, 11), strict=True):
+        row[length - 1], row[length:] = SPEC.text.vocab_size - 1, 0
+    if "text" in merged:
+        close(towers.texts(read.text, ids), texts := towers.texts(merged["text"], ids), 1e-6)
+    given = ids if "text" in merged else None
     for fmt in ("open_clip", "hf"):
         layouts.export(found, found.spec, out := tmp_path / fmt, fmt)
         if fmt == "hf":
-            theirs, _ = layouts.transformers_embeddings(out, np.array(view), ids, TOKENS)
+            theirs, _ = layouts.transformers_embeddings(out, np.array(view), given, TOKENS)
         else:
-            theirs = layouts.open_clip_embeddings(out, np.array(view), ids)
+            theirs = layouts.open_clip_embeddings(out, np.array(view), given)
         close(theirs[0], want, 2e-5)
-        if ids is not None:
+        if "text" in merged:
             close(theirs[2], texts, 2e-5)
     prepare = open_clip.create_model_and_transforms(f"local-dir:{tmp_path / 'open_clip'}")[2]
     prepared = np.stack([prepare(patch(i)).numpy() for i in range(COUNT)])

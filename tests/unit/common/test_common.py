@@ -180,20 +180,17 @@ except diva_jax.common.errors.UserError as e:
 COMMAND = """
 import gc, sys, time
 from diva_jax.common import cli
-
 where = sys.argv.pop()
 
 def wait(*_):
     print("ready", flush=True)
     time.sleep(3)
-
 def main():
     try:
         if where == "main":
             wait()
         elif where == "comparison":
             import jax
-
             static = type("Static", (), dict(__hash__=lambda _: 0, __eq__=wait))
             call = jax.jit(lambda _: 0, static_argnums=0)
             call(static()), call(static())
@@ -203,7 +200,6 @@ def main():
         time.sleep(30)
     finally:
         print("removed", flush=True)
-
 cli.run(main)
 """
 

@@ -1,6 +1,7 @@
 """Norms, GELU and GEGLU in bfloat16, gradients of convolutions, and the information of a condition in nats."""
 
 import contextlib
+import functools
 import re
 
 import jax
@@ -10,7 +11,9 @@ import pytest
 from flax import nnx
 from helpers import abstract_mesh, close, rounded
 
+from diva_jax.costs import chips
 from diva_jax.models.diffusion import schedule
+from diva_jax.models.diffusion.blocks import Upsample
 from diva_jax.models.layers import Keys, Layers, convolve, geglu, gelu
 
 
@@ -51,8 +54,7 @@ def test_gradients_of_norms(kind):
     assert np.all(np.isfinite(y)) and np.all(np.isfinite(pull(dy)[0]))
 
 
-def plain_gelu(x):
-    return jax.nn.gelu(x, approximate=False)
+plain_gelu = functools.partial(jax.nn.gelu, approximate=False)
 
 
 def plain_geglu(x):
@@ -134,6 +136,21 @@ def test_gradients_are_jaxs(size, window, strides, padding):
         got = jax.grad(lambda *a: loss(convolve, *a), (0, 1))(x, kernel)
     for ours, theirs in zip(got, want, strict=True):
         close(ours, theirs, 2e-6)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(jnp.float32, 2e-6), (jnp.bfloat16, 2e-2)])
+def test_upsampling_multiplies_each_of_the_pixels_it_sees_once(dtype, tolerance):
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 5, 3, 7)), dtype)
+    layer = Upsample(7, Layers(Keys(), dtype))
+    layer.conv.bias[...] = jnp.arange(7.0)
+
+    def plain(x, size):
+        return layer.conv(jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)[:, : size[0], : size[1]])
+
+    for size in [(10, 6), (9, 6), (10, 5), (9, 5)]:
+        close(layer(x, size), plain(x, size), tolerance)
+    programs = [jax.make_jaxpr(f, static_argnums=1)(x, (10, 6)).jaxpr for f in (layer, plain)]
+    assert np.divide(*(chips.flops_by_part(p).total() for p in programs)) == 4 / 9
 
 
 def looped_gradient(layer: nnx.Conv, x: jax.Array) -> str:
