@@ -43,6 +43,8 @@ def main() -> None:
         raise UserError("--out is missing: give a folder for the export, e.g. --out=runs/tuned")
     if _SOURCE.value and _STEP.value is not None:
         raise UserError("--step is for --workdir only: remove it, a --source has no steps")
+    if _WORKDIR.value and _CONFIG.value is not None:
+        raise UserError("--config is for --source only: remove it, the run of a --workdir has its own")
     # Only one image is encoded, and the reference is computed in float32.
     jax.config.update("jax_platforms", "cpu")
     config = None if _CONFIG.value is None else cli.config_of(_CONFIG)

@@ -1,4 +1,4 @@
-"""What the training command prints for help, and for input that is not good: one line that says what to do."""
+"""What commands print for help, and for input that is not good: one line that says what to do."""
 
 import json
 import re
@@ -9,7 +9,7 @@ import pytest
 import trees
 from places import ROOT
 
-# Name -> [arguments, what the line must contain, or texts of what is printed].
+# Name -> [arguments, of `main` where they do not begin with a command; what the line must contain, or texts of it all].
 REFUSED, SHOWN = json.loads(Path(__file__).with_name("messages.json").read_text()).values()
 
 
@@ -18,7 +18,7 @@ def ended(home):
     files = dict.fromkeys(("a.zip", "a.tar.gz", "photo.jpg"), "nothing") | {"t.csv": {"a": [1], "b": [2]}}
     trees.change(home, files | {"broken.py": "def get_config():\n    return 1 + 'a'\n"})
     cases = {name: arguments for name, (arguments, _) in (REFUSED | SHOWN).items()}
-    found = [commands.run("main", *arguments, cwd=home) for arguments in cases.values()]
+    found = [commands.run(*["main"][: a[0].startswith("--")], *a, cwd=home) for a in cases.values()]
     assert {p.name for p in home.iterdir()} == {*files, "broken.py"}
     return dict(zip(cases, found, strict=True))
 
