@@ -202,7 +202,7 @@ def split_qkv(qkv: Array, count: int) -> tuple[Array, Array, Array]:
 
 # XLA's CPU compiler brings convolutions into the layout of its fast code outside of loops alone (jax-ml/jax, issue
 # 12868). Within a loop over draws or micro-batches JAX's gradients are 5 to 50 times slower than those written here in
-# that layout. Programs for other devices are those of `jax.lax.conv_general_dilated`.
+# that layout. Programs for other devices are those of `jax.lax.conv_general_dilated`, but for `convolve_once`.
 Padding = tuple[tuple[int, int], ...]
 _LAYOUT = ("NHWC", "HWIO", "NHWC")
 
