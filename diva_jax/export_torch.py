@@ -51,7 +51,7 @@ def main() -> None:
     if _WORKDIR.value:
         configs.check_runs([given])
     card = publish.ExportOptions(*(flag.value or "" for flag in options))
-    spec = spec_of(config) if _SOURCE.value and config else None
+    spec = spec_of(config) if config else None
     place = dict(run=bool(_WORKDIR.value), step=_STEP.value, spec=spec)
     publish.export(given, _OUT.value, _FORMAT.value, _DTYPE.value, card, **place)
 

@@ -31,7 +31,9 @@ _EXECUTABLES = flags.DEFINE_string(
     "What is in it is run as code.",
 )
 _JOIN = flags.DEFINE_integer("join_timeout", 300, "Seconds within which all processes of a run must start.", 1)
-_LOST = flags.DEFINE_integer("lost_timeout", 100, "Seconds without a heartbeat after which all other processes end.", 2)
+_LOST = flags.DEFINE_integer(
+    "lost_timeout", 100, "Seconds without a heartbeat after which a process is lost and all others end.", 2
+)
 cli.define_trust()
 
 

@@ -89,7 +89,9 @@ def define_config(help: str = "The config file; --config.a.b=VALUE changes one f
 
 def define_trust() -> flags.FlagHolder:
     """Defines the flag `--trust_objective`."""
-    return flags.DEFINE_bool("trust_objective", False, "Import what a workdir's config.json names; read it before.")
+    return flags.DEFINE_bool(
+        "trust_objective", False, "Import the modules that config.json of a workdir names; read them before."
+    )
 
 
 def config_of(flag: flags.FlagHolder) -> ConfigDict:

@@ -51,7 +51,9 @@ class KueaOptions:
     teacher_resize: str = switch(
         "The teacher's input is made of the image (exact), or of the backbone's view (faithful)."
     )
-    teacher_crop_from: int = field(256, "Side before the crop with teacher_resize=exact [pixels].", at_least(0))
+    teacher_crop_from: int = field(
+        256, "With teacher_resize=exact, images are resized to this before the crop [pixels].", at_least(0)
+    )
     teacher: backbones.Spec = backbones.DINOV2_L
 
     @property

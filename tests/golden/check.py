@@ -23,10 +23,9 @@ from helpers import relative_error  # noqa: E402
 
 
 def errors(path: str | Path) -> list[tuple[str, float, float]]:
-    """Returns (quantity, relative L2 error, bound), for every result that a file records; a ValueError if no method has
-    files of this name, or it records other quantities than we compute. The module of its method has `PREFIX`, how its
-    files' names begin, and `compare(path, z, sd)`, which returns by quantity what is recorded and what we compute, and
-    what an error is relative to where that is not the recorded one; `sd` are the state dicts of U-Net and VAE."""
+    """Returns (quantity, relative L2 error, bound) of all that a file records; a ValueError if no method has such files
+    or it computes others. Its module has `PREFIX`, how their names begin, and `compare(path, z, sd)`: by quantity what
+    is recorded, ours, and what an error is relative to if not to that; `sd` are state dicts of U-Net and VAE."""
     path = Path(path)
     methods = [importlib.import_module(name) for name in METHODS]
     if not (method := next((m for m in methods if path.stem.startswith(m.PREFIX)), None)):

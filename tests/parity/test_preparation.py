@@ -241,8 +241,7 @@ def by_torch(call, x, *args, **kw):
 @pytest.mark.parametrize("h, w, size", SHAPES)
 @pytest.mark.parametrize("mode", ["faithful", "exact"])
 def test_backbone_view_is_torch_interpolate(h, w, size, mode):
-    x = np.random.default_rng(0).random((2, h, w, 3)).astype(np.float32)
-    mean, std = OPENAI_MEAN, (0.2, 0.3, 0.25)
+    x, mean, std = np.random.default_rng(0).random((2, h, w, 3)).astype(np.float32), OPENAI_MEAN, (0.2, 0.3, 0.25)
     if mode == "faithful":
         expected = by_torch(F.interpolate, by_torch(TF.normalize, x, mean, std), (size, size), mode="bilinear")
     else:

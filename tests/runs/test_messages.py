@@ -18,7 +18,7 @@ def ended(home):
     files = dict.fromkeys(("a.zip", "a.tar.gz", "photo.jpg"), "nothing") | {"t.csv": {"a": [1], "b": [2]}}
     trees.change(home, files | {"broken.py": "def get_config():\n    return 1 + 'a'\n"})
     cases = {name: arguments for name, (arguments, _) in (REFUSED | SHOWN).items()}
-    found = [commands.run(*["main"][: a[0].startswith("--")], *a, cwd=home) for a in cases.values()]
+    found = [commands.run(*(["main", *a] if a[0].startswith("--") else a), cwd=home) for a in cases.values()]
     assert {p.name for p in home.iterdir()} == {*files, "broken.py"}
     return dict(zip(cases, found, strict=True))
 

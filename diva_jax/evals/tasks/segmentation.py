@@ -46,7 +46,9 @@ class SegmentationOptions:
     background: float = field(
         0.0, "Where no class is as probable as this, a set that has a background has it there.", below(0, 1)
     )
-    classes: str = field("", "A text file with a line per class, synonyms between commas; if empty, the set's own.")
+    classes: str = field(
+        "", "A text file with a line per class, synonyms separated by commas; if empty, the set's own are used."
+    )
     allow_partial: bool = field(False, "Whether a set may have fewer images than the published one.")
 
 

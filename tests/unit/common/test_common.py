@@ -175,8 +175,7 @@ except diva_jax.common.errors.UserError as e:
     assert "nowhere" in run(code)
 
 
-# A command that waits, after it has said that it does: in the main program, or in a callback of the garbage collector,
-# where Python drops exceptions.
+# A command that says that it waits: in the main program, or in the garbage collector, where Python drops exceptions.
 COMMAND = """
 import gc, sys, time
 from diva_jax.common import cli
