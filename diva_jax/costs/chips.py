@@ -3,9 +3,8 @@
 Sources: Google Cloud's documentation of each TPU version (peak compute, HBM size and bandwidth, interconnect, chips per
 pod; v6e and TPU7x as of November 2026); for the links and the clock of v4 also Jouppi et al., "TPU v4", arXiv
 2304.01433, table 4; NVIDIA's H100 and H200 data sheets (SXM, dense bf16). The clock of a TPU is the one at which its
-matrix units reach the published peak. Google counts two units on a v6e and per core of a TPU7x, but the compiler's
-cycles for a product of 8192 x 8192 matrices are those of more than two units of 256 x 256 with one multiply-add per
-element: four.
+matrix units reach the published peak. Google counts two units on a v6e and per core of a TPU7x; by the compiler's cycles
+for a product of 8192 x 8192 matrices there are four of 256 x 256 with one multiply-add per element.
 """
 
 import collections
@@ -14,6 +13,7 @@ import re
 from typing import NamedTuple
 
 from jax.extend.core import Jaxpr, jaxprs_in_params
+from jax.interpreters.partial_eval import dce_jaxpr
 
 from diva_jax.common.errors import UserError
 from diva_jax.common.json_files import packaged
@@ -96,10 +96,10 @@ _AGAIN = "rematted_computation"
 def flops_by_part(jaxpr: Jaxpr, times: int = 1, part: str = "") -> collections.Counter[str]:
     """The model FLOPs of a jaxpr that is run `times` times in the part `part`, by the outermost `jax.named_scope`, the
     part; "" for operations outside of any: matrix products and convolutions alone, a multiply-add as two, every
-    convolution with its full window. What is computed again to save memory does not count. Of the traced loss and its
-    gradient they are the numerator of MFU."""
+    convolution with its full window. What is computed again to save memory, or is not used, does not count. Of the
+    traced loss and its gradient they are the numerator of MFU."""
     total = collections.Counter()
-    for e in jaxpr.eqns:
+    for e in dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0].eqns:
         names = [m[1] for scope in str(e.source_info.name_stack).split("/") if (m := _SCOPE.fullmatch(scope))]
         if _AGAIN in names:
             continue

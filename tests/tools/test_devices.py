@@ -47,15 +47,15 @@ def test_stable_diffusion_and_the_whole_step():
     def unet(model, latents, context):
         return model(latents, jnp.zeros(1, jnp.int32), context)
 
-    assert traced(make, unet, *given) == pytest.approx(0.804, rel=0.01)
-    assert traced(make, unet, *given, wrt=(1,)) == pytest.approx(1.671, rel=0.01)
+    saved = 5 * 2 * (1280**2 * (16**2 + 32**2) + 640**2 * 64**2) / TERA  # 5/9 of three upsampling convolutions.
+    assert traced(make, unet, *given) == pytest.approx(0.804 - saved, rel=1e-3)
+    assert traced(make, unet, *given, wrt=(1,)) == pytest.approx(1.671 - 2 * saved, rel=1e-3)
     for size, tera in ((512, 1.117), (768, 2.609)):
-        found = traced(functools.partial(VAE, VAEConfig()), VAE.encode, (1, size, size, 3))
-        assert found == pytest.approx(tera, rel=0.01)
+        assert traced(functools.partial(VAE, VAEConfig()), VAE.encode, (1, size, size, 3)) == pytest.approx(tera, 0.01)
     c = config.default("vitl14")
     c.batch_size, c.accum = 2, 1
     exact = Program(c, jax.sharding.AbstractMesh((1, 1), ("data", "fsdp"))).flops()
-    assert (exact.total() - exact["vae"]) / TERA == pytest.approx(3.83, rel=0.01)
+    assert (exact.total() - exact["vae"]) / TERA == pytest.approx(3.83 - 4 * saved, rel=1e-3)
     assert exact.keys() >= {"vae", "vision", "unet"}
 
 
@@ -83,16 +83,15 @@ def test_loops_and_strides():
 
     w, x = jax.ShapeDtypeStruct((7, 7), jnp.float32), jax.ShapeDtypeStruct((3, 7), jnp.float32)
     assert chips.flops_by_part(jax.make_jaxpr(loss)(w, x).jaxpr) == {"all": 5 * 2 * 3 * 7 * 7}
-    both = chips.flops_by_part(jax.make_jaxpr(jax.grad(loss))(w, x).jaxpr)
-    assert both == {"all": 15 * 2 * 3 * 7 * 7}
+    assert chips.flops_by_part(jax.make_jaxpr(jax.grad(loss))(w, x).jaxpr) == {"all": 15 * 2 * 3 * 7 * 7}
 
     def strided(x, k):
         return jax.lax.conv_general_dilated(x, k, (2, 2), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")).sum()
 
     x, k = jax.ShapeDtypeStruct((1, 10, 6, 3), jnp.float32), jax.ShapeDtypeStruct((2, 2, 3, 5), jnp.float32)
     once = 2 * (5 * 3) * (2 * 2) * 3 * 5
-    assert chips.flops_by_part(jax.make_jaxpr(strided)(x, k).jaxpr) == {"": once}
-    assert chips.flops_by_part(jax.make_jaxpr(jax.grad(strided, (0, 1)))(x, k).jaxpr).total() >= 3 * once
+    for f, count in ((strided, 1), (jax.grad(strided, (0, 1)), 2), (jax.value_and_grad(strided, (0, 1)), 3)):
+        assert chips.flops_by_part(jax.make_jaxpr(f)(x, k).jaxpr) == {"": count * once}  # What is not used is not made.
 
 
 def test_chips_are_found_by_device_kind_and_topology():
