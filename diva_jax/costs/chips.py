@@ -3,8 +3,8 @@
 Sources: Google Cloud's documentation of each TPU version (peak compute, HBM size and bandwidth, interconnect, chips per
 pod; v6e and TPU7x as of November 2026); for the links and the clock of v4 also Jouppi et al., "TPU v4", arXiv
 2304.01433, table 4; NVIDIA's H100 and H200 data sheets (SXM, dense bf16). The clock of a TPU is the one at which its
-matrix units reach the published peak. Google counts two units on a v6e and per core of a TPU7x; by the compiler's cycles
-for a product of 8192 x 8192 matrices there are four of 256 x 256 with one multiply-add per element.
+matrix units reach the published peak. Google counts two units on a v6e and per core of a TPU7x; by the cycles that
+the compiler states for a product of 8192 x 8192 matrices they are four of 256 x 256, with one multiply-add per element.
 """
 
 import collections
