@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from diva_jax import config as configs
 from diva_jax.api.encoder import Encoder, ImageLike, as_image, chosen, mapping, named
 from diva_jax.common import config_files, fields as declarations, paths
-from diva_jax.common.errors import UserError, brief, explained, listing
+from diva_jax.common.errors import UserError, brief, explained, listing, printable
 from diva_jax.data.images import sample_box
 from diva_jax.data.inputs import Example
 from diva_jax.data.sources import listed
@@ -234,8 +234,7 @@ def load(
     else:
         if isinstance(spec, str):
             chosen("spec", spec, backbones.TABLE)
-        row = backbones.TABLE[spec] if isinstance(spec, str) else spec
-        config = configs.default(row or origins.open_source(source, "source").described(source))
+        config = configs.default(spec or origins.open_source(source, "source").described(source))
     with config.unlocked():
         # All devices of this machine, not those of the run.
         config.mesh.data, config.mesh.fsdp = -1, 1
@@ -300,8 +299,7 @@ def evaluate(
       config: the config of the backbone: a result of `config.default`, or a config file.
       weights: sources of weights or workdirs[:STEP], or "NAME=WORKDIR,WORKDIR": runs that differ in their seed.
       data: task -> where its data is, see docs/EVALUATION.md.
-      out: a folder for results.json and predictions.csv, from which `report.write` makes a page; None: nothing is
-        written.
+      out: a folder for results.json and predictions.csv, from which `report.write` makes a page; None for no files.
       fields: dotted path of a field -> value, such as {"eval.batch_size": 32}.
       control: one of the weights, not the first, tuned with a signal that can teach nothing: the others are compared
         with it too; of a group its name.
@@ -314,8 +312,7 @@ def evaluate(
       UserError: the config, weights or data are invalid.
       RunError: embeddings are not finite.
     """
-    weights = [weights] if isinstance(weights, str | os.PathLike) else weights
-    weights = [os.fspath(w) for w in weights]
+    weights = [os.fspath(w) for w in ([weights] if isinstance(weights, str | os.PathLike) else weights)]
     if not weights or len(set(weights)) < len(weights):
         raise UserError("weights must name one source or more, each once")
     groups = [seeds.parse(w) for w in weights]
@@ -330,7 +327,11 @@ def evaluate(
     data = {task: os.fspath(path) for task, path in data.items()}
     summary, rows = evaluator.run(read_config(config, fields), weights, data, control, best)
     if out is not None and jax.process_index() == 0:
-        results.write(out, summary, rows)
+        try:
+            results.write(out, summary, rows)
+        except UserError:  # The disk may be full now; the scores remain.
+            print(printable(results.table(summary)), flush=True)
+            raise
     return summary
 
 

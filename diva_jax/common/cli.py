@@ -31,10 +31,7 @@ _LINGER_S = 10.0
 _MAX_MESSAGE_CHARS = 10_000
 # What a signal raises -> the signal, the exit code, as shells have it, and what is said; a training run that has saved
 # ends with 0 after SIGTERM.
-_SIGNALS = {
-    KeyboardInterrupt: (signal.SIGINT, 130, "interrupted"),
-    Terminated: (signal.SIGTERM, 143, "terminated"),
-}
+_SIGNALS = {KeyboardInterrupt: (signal.SIGINT, 130, "interrupted"), Terminated: (signal.SIGTERM, 143, "terminated")}
 _FIELD_FLAG = re.compile(r"--?(?:no)?config\.([\w.]+)")
 # What absl, ml_collections and Python say of a flag -> what is said here.
 _SAID = {

@@ -66,7 +66,7 @@ def write(folder: Path, results: Mapping[str, Any], rows: Sequence[Mapping]) -> 
     """Writes results.json and predictions.csv, each renamed into place when it is complete. A UserError where the
     folder cannot be written; a RunError after that where scores have not the form of `results_schema.Results`."""
     extra = dict.fromkeys(key for row in rows for key in row if key not in COLUMNS)
-    with explained(f"--out={folder} cannot be written", "use a folder with write access"):
+    with explained(f"--out={folder} cannot be written", "use a folder with write access and room"):
         with (
             paths.whole_file(folder / "predictions.csv") as temporary,
             # Names of files may be no text; what has no place in UTF-8 is written as an escape, as JSON has it.

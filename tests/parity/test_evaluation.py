@@ -84,8 +84,7 @@ def accuracy(scores, labels, topk):
 
 
 def theirs(exported, root, task):
-    name = f"local-dir:{exported}"
-    model, transform, tokenizer = load_open_clip(name)
+    model, transform, tokenizer = load_open_clip(f"local-dir:{exported}")
     data = build_dataset("wds/small", root=str(root), transform=transform, split="test", task=task)
     loader = torch.utils.data.DataLoader(data.batched(64), batch_size=None, num_workers=0)
     if task == "zeroshot_retrieval":

@@ -8,10 +8,12 @@ import jax
 import mutations
 import numpy as np
 import pytest
+import report_samples as samples
 from helpers import failed, refused
 from jax.sharding import NamedSharding, PartitionSpec
 from mutations import outcome
 
+from diva_jax import api, config
 from diva_jax.training import checkpoint, workdirs
 from diva_jax.weights import formats
 
@@ -238,6 +240,15 @@ def test_an_export(tmp_path, limited):
     limited()
     refused("out cannot be written .*: give a folder with enough room", write)
     assert not list(tmp_path.iterdir())
+
+
+def test_an_evaluation_prints_its_scores(tmp_path, monkeypatch, limited, capsys):
+    found = samples.write_evaluation(tmp_path / "other", [], drift=samples.drift_task())
+    monkeypatch.setattr(api.evaluator, "run", lambda *_: (found, [{"text": "a" * 200_000}]))
+    limited()
+    says = "out cannot be written .File too large.: use a folder with write access and room"
+    refused(says, api.evaluate, config.default(), "hub/a", {"drift": "a"}, out=tmp_path / "out")
+    assert "cosine" in capsys.readouterr().out and not list((tmp_path / "out").iterdir())
 
 
 def test_what_a_killed_export_has_left_is_removed_by_the_next(tmp_path):

@@ -91,8 +91,7 @@ def test_a_save_that_fails_on_one_machine_and_a_coordinator_that_falls_silent(fi
     monkeypatch.setenv("FAILS", "1")
     fields = ("steps=4000", "mesh.fsdp=2", "mesh.min_shard=64", "checkpoint.every=3", "checkpoint.timeout=5")
     two = start_all(files, tmp_path / "run", 2, *(f"--config.{f}" for f in fields))
-    printed = wait_for_step(two[0], 14)
-    assert re.search(r"^step \d+: saving failed, tried again", printed, re.M)
+    assert re.search(r"^step \d+: saving failed, tried again", wait_for_step(two[0], 14), re.M)
     two[0].send_signal(signal.SIGSTOP)
     began = time.monotonic()
     try:

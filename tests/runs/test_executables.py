@@ -120,8 +120,7 @@ def test_options_are_the_row_of_the_chip(monkeypatch):
 
     for chip in chips.CHIPS.values():
         assert options("auto", chip.kind) == dict(chip.compiler_options)
-    row = chip._replace(compiler_options=(("a", "1"),))
-    monkeypatch.setattr(chips, "CHIPS", {"one": row})
+    monkeypatch.setattr(chips, "CHIPS", {"one": chip._replace(compiler_options=(("a", "1"),))})
     found = [options(setting, chip.kind) for setting in ("auto", "b=2", "")]
     assert found == [{"a": "1"}, {"b": "2"}, {}] and options("auto") == {}
     for setting in ("auto", "", "xla_tpu_rwb_fusion=false"):

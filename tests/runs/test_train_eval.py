@@ -103,8 +103,7 @@ def test_rows_of_evaluations(ran):
     assert found[0]["eval/drift/cosine"] == pytest.approx(1) and found[5]["eval/drift/cosine"] < 0.99999
     assert found[5]["feedback/loss_own"] != found[0]["feedback/loss_own"]
     assert [r["step"] for r in rows(ran) if "loss" in r] == list(range(1, TOTAL + 1))
-    sections = page.run_sections(read(ran).runs)
-    assert [s.title for s in sections] == ["Training", "During training"]
+    assert [s.title for s in page.run_sections(read(ran).runs)] == ["Training", "During training"]
 
 
 def test_training_is_bit_identical_with_and_without(files, photos, ran, tmp_path, capsys):

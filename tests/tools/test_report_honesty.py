@@ -55,11 +55,9 @@ def test_the_headline_is_the_verdict(tmp_path):
         first = evaluation.findings(content)[0]
         assert (first.what, first.figures, first.kind) == (f"{samples.AFTER} against {samples.BEFORE}", says, kind)
         assert "zero-shot -0.1 [-0.2, +0.0]" in first.meaning and ("Not an improvement" in first.meaning) == bool(drift)
-    source = html(content)
-    assert f"<h1><span>{first.what}:</span> sees less</h1>" in source
+    assert f"<h1><span>{first.what}:</span> sees less</h1>" in html(content)
     (chart,) = (chart for chart in page.charts(page.sections(content)) if chart.name == "matches-zeroshot")
-    figure = chart.draw(918).figure
-    arrow = figure.axes[0].texts[-1]
+    arrow = chart.draw(918).figure.axes[0].texts[-1]
     assert [label for label, _ in chart.legend] == [samples.BEFORE, samples.AFTER]
     assert arrow.xyann == (75.5, 40.0) and arrow.xy == (75.4, 40.0)
     alone = read(tmp_path / "alone", mmvp=task)

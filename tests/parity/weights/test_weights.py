@@ -141,8 +141,7 @@ def test_open_clip_eva02(tmp_path):
     """The whole model's file, the tower alone, and learned position embeddings at another resolution."""
     from timm.layers import resample_abs_pos_embed
 
-    model = torch_model(EVA02)
-    tensors = state_dict(model)
+    tensors = state_dict(torch_model(EVA02))
     torch.save(tensors, tmp_path / "w.pt")
     torch.save({k.removeprefix("visual."): v for k, v in tensors.items() if "visual." in k}, tmp_path / "v.pt")
     same_towers(tmp_path / "w.pt", tensors, EVA02)

@@ -147,8 +147,7 @@ def test_synonyms_background_and_the_interval_of_ratios():
     assert segmentation.classify(cosines, owner, 40, 0.0).tolist() == [[0, 1, 1]]
     assert segmentation.classify(cosines, owner, 40, 0.7).tolist() == [[0, 1, 0]]
     # The maximum over synonyms comes after the softmax over all texts: two halves do not add up.
-    tied = np.array([[[0.5, 0.49, 0.49]]])
-    assert segmentation.classify(tied, owner, 1, 0.0).tolist() == [[0]]
+    assert segmentation.classify(np.array([[[0.5, 0.49, 0.49]]]), owner, 1, 0.0).tolist() == [[0]]
     rng = np.random.default_rng(0)
     union = rng.integers(1, 50, (40, 3))
     both = (union * rng.random((40, 3))).astype(int)

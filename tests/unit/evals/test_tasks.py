@@ -50,8 +50,7 @@ def test_effective_rank():
     rng = np.random.default_rng(3)
     assert drift.effective_rank(np.eye(8)) == pytest.approx(8)
     assert drift.effective_rank(np.outer(rng.standard_normal(50), rng.standard_normal(9))) == pytest.approx(1, abs=1e-6)
-    whole = drift.effective_rank(rng.standard_normal((400, 9)))
-    assert 8.5 < whole <= 9
+    assert 8.5 < drift.effective_rank(rng.standard_normal((400, 9))) <= 9
     assert drift.effective_rank(rng.standard_normal((400, 9)) * np.geomspace(1, 1e-3, 9)) < 4
     # Collapsed to a point, except for noise.
     assert drift.effective_rank(1 + 1e-6 * rng.standard_normal((400, 9))) < 1.001

@@ -145,8 +145,7 @@ def layer(channels, dtype, seed=0):
     pair = layers.layer_norm(channels, 1e-5), blocks.FeedForward(channels, layers)
     rng = np.random.default_rng(seed)
     graph, state = nnx.split(pair)
-    state = jax.tree.map(lambda a: a + jnp.asarray(0.2 * rng.normal(size=a.shape), a.dtype), state)
-    return graph, state
+    return graph, jax.tree.map(lambda a: a + jnp.asarray(0.2 * rng.normal(size=a.shape), a.dtype), state)
 
 
 @pytest.mark.parametrize(("batch", "tokens", "channels"), [(2, 384, 32), (1, 128, 192)])
