@@ -235,10 +235,13 @@ class Step:
         """(verdict, what was found, seconds per step) of a few steps, which are compiled within so many seconds."""
         p = self.program
         try:
-            compiled, late = self._compiled.result(max(seconds, 1)), False
-        except Late:
-            late = True
-        if distributed.any_failed(late):
+            compiled, problem = self._compiled.result(max(seconds, 1)), None
+        except Exception as e:  # Every process asks the others first, also where the compiler of this one failed.
+            problem = e
+        not_compiled = distributed.any_failed(problem is not None)
+        if problem is not None and not isinstance(problem, Late):
+            raise problem
+        if not_compiled:
             return UNKNOWN, "still compiling when the time was over; training compiles it once and keeps it", 0.0
         arrays = made_up(p.arrays)
         state, frozen = p.init_state(arrays), {n: arrays[n] for n in p.abstract_frozen()}

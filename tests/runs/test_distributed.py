@@ -196,8 +196,7 @@ def test_alone_on_a_machine_nothing_is_joined(monkeypatch):
 
 
 def test_metrics_on_a_full_disk_stop_the_run(files, tmp_path, monkeypatch):
-    full = mock.Mock(side_effect=OSError("No space left on device"))
-    monkeypatch.setattr(metrics.Writer, "write", full)
+    monkeypatch.setattr(metrics.Writer, "write", mock.Mock(side_effect=OSError("No space left on device")))
     run = loop.Run(rotations(files, **FIELDS), tmp_path)
     failed("step 2: .*No space left on device.*last checkpoint is kept", run.run)
 

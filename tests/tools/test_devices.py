@@ -5,6 +5,7 @@ import math
 import re
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import commands
 import jax
@@ -257,7 +258,7 @@ def test_collectives_and_checkpoint_on_eight_devices(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("loss", [1.5, float("nan")])
-def test_a_step_that_is_late_or_not_finite(loss):
+def test_a_step_that_is_late_fails_or_is_not_finite(loss, monkeypatch):
     """With the arrays of a program that is one product."""
     mesh = partition.make_mesh(config.MeshOptions())
     arrays = {"w": jax.ShapeDtypeStruct((5, 3), jnp.bfloat16, sharding=jax.sharding.NamedSharding(mesh, P()))}
@@ -265,13 +266,16 @@ def test_a_step_that_is_late_or_not_finite(loss):
     p = SimpleNamespace(arrays=arrays, stages=["only"], config=config.default("vitl14"), mesh=mesh, **given)
     step = device_checks.Step(p)
     step._step = SimpleNamespace(pace=0)
-    step._compiled = step._pool.submit(
-        lambda: lambda state, frozen, batch, pace: (state, {"loss": jnp.sum(state) * 0 + loss})
-    )
+    step._compiled = step._pool.submit(lambda: lambda s, *_: (s, {"loss": jnp.sum(s) * 0 + loss}))
     verdict, said, seconds = step.check(60)
     assert verdict == (OK if loss == 1.5 else FAILED) and "640 images" in said and seconds > 0
     step._compiled = device_checks.Future()
     assert step.check(0.0)[0] == UNKNOWN and not distributed.any_failed(False)
+    asked = mock.Mock(return_value=True)
+    monkeypatch.setattr(distributed, "any_failed", asked)
+    step._compiled = step._pool.submit(lambda: 1 // 0)
+    pytest.raises(ZeroDivisionError, step.check, 60)
+    asked.assert_called_once_with(True)  # As often as by a process whose compiler did not fail.
 
 
 V5E, V6E = "TPU v5 lite", "TPU v6 lite"

@@ -139,8 +139,7 @@ def test_the_interval_over_runs_is_students_and_welchs(counts):
     two = reference.ttest_ind(after, before, equal_var=False).confidence_interval()
     np.testing.assert_allclose(seeds.student(after), one, atol=1e-9)
     np.testing.assert_allclose(seeds.student(after, before), two, atol=1e-9)
-    shifted = [end - 3 for end in one]
-    np.testing.assert_allclose(seeds.student(after, [3.0]), shifted, atol=1e-9)
+    np.testing.assert_allclose(seeds.student(after, [3.0]), [end - 3 for end in one], atol=1e-9)
     assert seeds.student(after[:1], before[:1]) is None and seeds.student([2.0, 2.0]) == [2.0, 2.0]
 
 

@@ -83,8 +83,7 @@ def test_values_that_are_not_finite_are_found_wherever_they_are(dtype, seed):
     bad = np.array(array)
     bad.flat[rng.integers(bad.size)] = rng.choice([np.nan, np.inf, -np.inf, -np.nan])
     refused("the tensor w has values that are NaN or infinite", names.check_values, "w", bad, "the file")
-    largest = np.full(shape, ml_dtypes.finfo(dtype).max, dtype)
-    names.check_values("w", largest, "the file")
+    names.check_values("w", np.full(shape, ml_dtypes.finfo(dtype).max, dtype), "the file")
 
 
 @pytest.mark.parametrize("dtype", [np.int32, np.int8, np.bool_, np.complex64, ml_dtypes.float8_e4m3fn])
