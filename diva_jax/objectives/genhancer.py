@@ -221,8 +221,7 @@ class Objective(contract.Objective):
         t = jax.nn.sigmoid(self.options.scale_factor * drawn.t)
         noisy = (1 - t[:, None, None]) * packed + t[:, None, None] * drawn.noise
         seen = {"embed": embed, "vec": vec, "txt": txt, "packed": packed, "t": t, "x_t": noisy}
-        guidance = jnp.full_like(t, self.options.guidance)
-        given = [t, guidance]
+        given = [t, jnp.full_like(t, self.options.guidance)]
         if self.options.time_precision == FAITHFUL:
             given = [x.astype(jnp.bfloat16) for x in given]
         grid = (latents.shape[1] // 2, latents.shape[2] // 2)

@@ -334,10 +334,12 @@ class Checkpoints(contextlib.AbstractContextManager):
             with contextlib.suppress(Exception):  # A bucket may be gone.
                 for folder in _folder(self._workdir).glob(f"*{_UNFINISHED}*"):
                     folder.rmtree()
+        last = latest_step(self._workdir)
+        whole = "there is no earlier one" if last is None else f"the last whole one is of step {last}"
         raise RunError(
             f"step {step}: no checkpoint can be written to {_folder(self._workdir)} ({', then '.join(reasons)}), tried "
-            f"{len(_RETRY_AFTER_S) + 1} times; the last whole one is of step {latest_step(self._workdir)}: make room "
-            "or fix the access rights, then start the same command again, which resumes from there"
+            f"{len(_RETRY_AFTER_S) + 1} times; {whole}: make room or fix the access rights, "
+            "then start the same command again"
         )
 
     def close(self) -> None:

@@ -220,9 +220,10 @@ def large_state(step: int) -> dict:
 
 def test_a_checkpoint(tmp_path, monkeypatch, limited, capfd):
     monkeypatch.setattr(checkpoint, "_RETRY_AFTER_S", (0.0, 0.0))
-    with checkpoint.Checkpoints(tmp_path) as checkpoints:
+    with checkpoint.Checkpoints(tmp_path) as checkpoints, checkpoint.Checkpoints(tmp_path / "new") as first:
         checkpoints.save(3, large_state(3), {"batches": 3}, {}, wait=True)
         limited()
+        failed("step 6: .* there is no earlier one: make room", first.save, 6, large_state(6), {}, {}, wait=True)
         says = r"step 6: no checkpoint can be written .* one is of step 3: make room"
         failed(says, checkpoints.save, 6, large_state(6), {"batches": 6}, {}, wait=True)
     assert checkpoint.steps(tmp_path) == [3]

@@ -44,8 +44,7 @@ def alphas_cumprod(config: ScheduleConfig) -> np.ndarray:
     elif config.beta_schedule == "scaled_linear":
         betas = np.linspace(start**0.5, end**0.5, n) ** 2
     else:
-        time = np.linspace(0, 1, n + 1)
-        remaining = np.cos((time + 0.008) / 1.008 * np.pi / 2) ** 2
+        remaining = np.cos((np.linspace(0, 1, n + 1) + 0.008) / 1.008 * np.pi / 2) ** 2
         betas = np.minimum(1 - remaining[1:] / remaining[:-1], 0.999)
     alphas = np.float32(1) - betas.astype(np.float32)
     return np.cumprod(alphas, dtype=np.float64).astype(np.float32)
