@@ -29,7 +29,7 @@ _CONTROL = flags.DEFINE_string(
     "with it too, and the report says where they are not better.",
 )
 _BEST = flags.DEFINE_bool(
-    "best", False, "Names the best of a run's checkpoints, and how good the best of as many would be by chance."
+    "best", False, "Names a run's best checkpoint, and says how good the best of as many would be by chance."
 )
 _TASK = flags.DEFINE_list("task", [], "Modules of diva_jax.evals.tasks, such as mmvp,choice, or dotted paths.")
 _DATA = flags.DEFINE_multi_string("data", [], "TASK=PATH, repeatable; PATH suffices if there is one task.")

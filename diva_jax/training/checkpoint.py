@@ -338,8 +338,8 @@ class Checkpoints(contextlib.AbstractContextManager):
         whole = "there is no earlier one" if last is None else f"the last whole one is of step {last}"
         raise RunError(
             f"step {step}: no checkpoint can be written to {_folder(self._workdir)} ({', then '.join(reasons)}), tried "
-            f"{len(_RETRY_AFTER_S) + 1} times; {whole}: make room or fix the access rights, "
-            "then start the same command again"
+            f"{len(_RETRY_AFTER_S) + 1} times; {whole}: make room or fix the access rights, then start the same "
+            f"command again{'' if last is None else ', which resumes from there'}"
         )
 
     def close(self) -> None:
