@@ -55,8 +55,8 @@ class DcrOptions:
     schedule_dtype: str = switch("The products of 1 - beta are in float32 (exact), or in config.dtype (faithful).")
     loss_dtype: str = switch("Predictions, logits and loss are in float32 (exact), or in config.dtype (faithful).")
     stage1_loss: str = switch(
-        "Stage 1 has the loss of stage 2 (faithful), or mean((UNet(z, t, c) - eps)^2), as the paper is said to do, "
-        "which could not be verified (exact).",
+        "Stage 1 has the loss of stage 2 (faithful), or the squared error of what the U-Net predicts, as the paper is "
+        "said to do, which could not be verified (exact).",
         FAITHFUL,
     )
     lora: adapters.Lora = adapters.Lora(rank=16, alpha=16.0, dropout=0.1, biases=True)
@@ -81,8 +81,7 @@ def recipe(config: ConfigDict) -> None:
 def stages(config: ConfigDict) -> tuple[contract.Stage, ...]:
     """The projector for condition.warmup_steps, then the adapters (and what `config.trainable` names) for steps."""
     lora, warm = parse(DcrOptions, config.dcr, "config.dcr").lora, config.condition.warmup_steps
-    alone = (("projector/.*", 1.0), (".*", 0.0))
-    first = contract.Stage("projector", 0, warm, config.condition.warmup_lr, alone)
+    first = contract.Stage("projector", 0, warm, config.condition.warmup_lr, (("projector/.*", 1.0), (".*", 0.0)))
     if config.dcr.projector_only:
         return (first,)
     rows, head = lora.trainable("vision"), adapters.SIGLIP_HEAD
@@ -227,8 +226,7 @@ class Objective(StableDiffusionObjective):
         def some(p):
             """[B, k, C] -> [B, k, h, w, c]."""
             each = [jnp.repeat(x, p.shape[1], axis=0) for x in (noisy, timesteps)]
-            text = self.text_context[...].astype(p.dtype)
-            out = self.run_unet(*each, p.reshape(-1, 1, p.shape[-1]) + text)
+            out = self.run_unet(*each, p.reshape(-1, 1, p.shape[-1]) + self.text_context[...].astype(p.dtype))
             return out.reshape(b, p.shape[1], *out.shape[1:])
 
         if together == n:
@@ -256,9 +254,8 @@ class Objective(StableDiffusionObjective):
         seen = dict(latents=latents, noisy=noisy, embedding=embeddings[0], plus_embedding=embeddings[1])
         seen |= dict(context=p, context_plus=plus)
         reconstruct = self.options.stage1_loss == EXACT
-        goal = drawn.noise
-        if not reconstruct:
-            goal = self.target(latents, drawn.noise, drawn.timesteps, TARGETS.get(self.options.target, ""))
+        named = "" if reconstruct else TARGETS.get(self.options.target, "")
+        goal = self.target(latents, drawn.noise, drawn.timesteps, named)
         chunks, together = self.tiles(b)
 
         def one_chunk(given, chunk):
@@ -277,7 +274,6 @@ class Objective(StableDiffusionObjective):
             return jnp.swapaxes(x.reshape(b // chunks, chunks, *x.shape[1:]), 0, 1)
 
         parts_of = jax.tree.map(apart, (jnp.arange(b), noisy, drawn.timesteps, goal))
-        weights = jnp.full((chunks,), 1 / chunks, jnp.float32)
-        value, by_chunk = weighted_sum(one_chunk, (p, plus), parts_of, weights)
+        value, by_chunk = weighted_sum(one_chunk, (p, plus), parts_of, jnp.full((chunks,), 1 / chunks, jnp.float32))
         joined = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1).reshape(b, *x.shape[2:]), by_chunk)
         return value, {**seen, "goal": goal, **joined}

@@ -75,15 +75,17 @@ def recipe(config: ConfigDict) -> None:
 
 
 def stages(config: ConfigDict) -> tuple[contract.Stage, ...]:
-    """One stage: `config.trainable`, and gamma and c where they are trained; the learning rate is open_clip's cosine.
-    With W = warmup * steps (rounded up): peak * (s + 1) / W before step W, then cosine to 0 at the last step."""
+    """One stage: `config.trainable`, and gamma and c where they are trained; the learning rate is open_clip's. With W
+    steps of warm-up (warmup * steps, rounded up): peak * (s + 1) / W before step W, then as `config.optim.schedule`
+    says, of which the cosine is 0 at the last step."""
     options, stage = parse(KueaOptions, config.kuea, "config.kuea"), contract.tune(config)
-    warm = min(math.ceil(config.optim.warmup * stage.steps - 1e-6), stage.steps - 1)
+    warm = math.ceil(config.optim.warmup * stage.steps - 1e-6)
+    warm = min(warm if config.optim.warmup_steps < 0 else config.optim.warmup_steps, stage.steps - 1)
 
     def rate(step: Array, pace: contract.Pace) -> Array:
         up = pace.peak * (step + 1) / jnp.maximum(pace.warm, 1)
         down = 0.5 * pace.peak * (1 + jnp.cos(jnp.pi * (step - pace.warm) / (pace.steps - pace.warm)))
-        lr = jnp.where(step < pace.warm, up, down)
+        lr = jnp.where(step < pace.warm, up, pace.peak if config.optim.schedule == "constant" else down)
         return jnp.where(step == 0, pace.peak, lr) if options.first_step_lr == FAITHFUL else lr
 
     rows = (("kernel_params", 1.0),) if options.trains_kernel else ()

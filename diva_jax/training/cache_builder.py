@@ -32,6 +32,8 @@ def described(program: Program) -> tuple[dict, dict[str, tuple[int, ...]], bool]
     for name, wanted in cacheable.items():
         files = [file for part in wanted.parts.values() for file in part.open().tensors.files]
         found[name] = {**wanted.facts, "weights": formats.fingerprint(files)}
+        if wanted.tokenizer:
+            found[name]["tokenizer"] = formats.fingerprint(wanted.tokenizer())
     found = found["moments"] if list(found) == ["moments"] else found
     facts, shapes = {**found, "crop": program.config.data.crop.to_dict()}, {n: w.shape for n, w in cacheable.items()}
     return facts, shapes, any("caption" in w.reads for w in cacheable.values())
@@ -116,8 +118,7 @@ class Builder:
             for k, position in enumerate(self._where[:, record]):
                 rng = np.random.default_rng((m.seed, int(position)))
                 box = images.sample_box(rng, *image.size, tuple(settings.scale), tuple(settings.ratio))
-                example = Example(image, encoded.text, box, rng)
-                arrays = {name: make(example) for name, make in self._make.items()}
+                arrays = {name: make(Example(image, encoded.text, box, rng)) for name, make in self._make.items()}
                 rows.append((Entry(record, k, crc, box, None), arrays))
             return rows
 

@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
 from diva_jax import objectives
 from diva_jax.common import log
-from diva_jax.common.errors import UserError
+from diva_jax.common.errors import UserError, listing
 from diva_jax.common.fields import Rule, above, below, between, choice, field, is_regex
 from diva_jax.common.log import say
 from diva_jax.costs import chips
@@ -102,8 +102,7 @@ def optimizer(config, lr: optax.Schedule, scales: Mapping[str, float]) -> optax.
 
 def image_keys(key_data: jax.Array, step: jax.Array, rows: jax.Array) -> jax.Array:
     """One PRNG key per image, of the run's key, the step and the image's row in the global batch alone."""
-    key = jax.random.fold_in(jax.random.wrap_key_data(key_data), step)
-    return jax.vmap(partial(jax.random.fold_in, key))(rows)
+    return jax.vmap(partial(jax.random.fold_in, jax.random.fold_in(jax.random.wrap_key_data(key_data), step)))(rows)
 
 
 def averaged(state: Mapping) -> Mapping[str, jax.Array]:
@@ -186,6 +185,9 @@ class Program:
         open_to_training = [n for n in shapes if not n.startswith(frozen)]
         self.scales = [partition.scales(s.trainable, open_to_training) for s in self.stages]
         self.trained = [n for n in open_to_training if any(s[n] for s in self.scales)]
+        if narrow := [n for n in self.trained if shapes[n].dtype.itemsize < 4]:
+            problem = f"config.trainable trains {listing(narrow, 2)}, held in {config.frozen_dtype}"
+            raise UserError(f"{problem}, which rounds updates: use config.frozen_dtype=float32, or leave them frozen")
         self.replicated, self.batch_sharding = NamedSharding(mesh, P()), NamedSharding(mesh, partition.BATCH)
         self.shardings = partition.parameter_shardings(shapes, mesh, config.mesh.min_shard)
         if not config.mesh.shard_frozen:

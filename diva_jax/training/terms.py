@@ -134,7 +134,9 @@ def with_terms(kind: type[Objective]) -> type[Objective]:
                 described = dataclasses.asdict(dataclasses.replace(of, source=""))
                 facts = {"spec": described, "image": str(terms.image), "dtypes": terms.dtypes}
                 source = {name: open_part(of.source, of, section)}
-                found[name] = Cacheable((of.embed_dim,), facts, source, functools.partial(self._frozen, name), reads)
+                files = functools.partial(parts.tokenizer_files, of.source, terms.contrast.tokenizer)
+                rest = functools.partial(self._frozen, name), reads, files if name == "contrast" else None
+                found[name] = Cacheable((of.embed_dim,), facts, source, *rest)
             return found
 
         def pretrained(self):

@@ -5,11 +5,12 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from diva_jax.common import log
+from diva_jax.common import log, paths
 from diva_jax.common.errors import UserError
 from diva_jax.data import tokenizers
 from diva_jax.models import layers
@@ -219,7 +220,8 @@ def text_context(
         def read() -> np.ndarray:
             tokenizer = prompt_tokenizer(source, tokens, config)
             graph, empty = nnx.split(layers.abstract(lambda rngs: TextEncoder(config, rngs=rngs)))
-            encoder, run, found = nnx.merge(graph, part.fill(empty)), nnx.jit(lambda m, *args: m(*args)), []
+            encoder, found = nnx.merge(graph, part.fill(empty)), []
+            run = nnx.jit(jax.default_matmul_precision("highest")(lambda m, *args: m(*args)))
             progress = log.progress("encoding prompts", len(prompts), "texts")
             for first in range(0, len(prompts), _PROMPTS_AT_ONCE):
                 inputs = map(jnp.asarray, tokenizer.encode(prompts[first : first + _PROMPTS_AT_ONCE]))
@@ -251,6 +253,11 @@ def tokenizer_folder(source: str, field: str = "config.backbone.source") -> Path
         return checkpoint.tokenizer[0].parent
     where = Path(checkpoint.where)
     return where if where.is_dir() else where.parent
+
+
+def tokenizer_files(source: str, folder: str) -> Sequence[Path]:
+    """The files of the tokenizer in a folder, or where this is empty in that of the source of weights."""
+    return origins.tokenizer_files(paths.expanded(folder or tokenizer_folder(source)))
 
 
 def tokenizer(source: str, text: TextSpec, folder: str, field: str) -> Callable[[], tokenizers.Tokenizer]:

@@ -63,6 +63,7 @@ _UNCLIP = {"unclip.latents": "mean", "trainable": (("vision/.*", 1.0), (".*", 0.
 _CONTRAST = {"contrast.weight": 1.0}
 # With the published weight, 0.5, the kernel is too small beside the distance to the untuned encoder to move anything.
 _KUEA = {"kuea.kernel": "cosine", "kuea.kernel_weight": 1000.0, "optim.lr": 1e-3}
+_KUEA |= {"optim.schedule": "cosine", "optim.warmup_steps": -1}  # Its own, in which the arms were run.
 # The weights are those of ComCLIP's config but the anchor's, at whose 1 embeddings drift four times as far.
 _COMCLIP = {"contrast.weight": 1.0, "relation.weight": 1.0, "optim.lr": 1e-3} | _ANCHOR
 _SALM = {"optim.lr": 3e-3}

@@ -39,8 +39,7 @@ def config(**fields):
 
 def runner(folder, devices: int = 1, c=None):
     c = c or config()
-    mesh = partition.make_mesh(c.mesh, jax.devices()[:devices])
-    return evaluator.Evaluator(c, mesh, {"feedback": str(folder)})
+    return evaluator.Evaluator(c, partition.make_mesh(c.mesh, jax.devices()[:devices]), {"feedback": str(folder)})
 
 
 @pytest.fixture(scope="module")
@@ -170,8 +169,7 @@ class Attentive(objectives.Objective):
 
     def loss(self, batch, keys):
         own = to_float(batch["image"]).mean(axis=(1, 2))
-        noise = jax.vmap(lambda key: jax.random.normal(key, (3,)))(keys)
-        value = jnp.mean((self.vision(own) - 0.1 * noise) ** 2)
+        value = jnp.mean((self.vision(own) - 0.1 * jax.vmap(lambda key: jax.random.normal(key, (3,)))(keys)) ** 2)
         return value, {"loss": value}
 
 
@@ -194,8 +192,7 @@ def test_gradients_by_hand(attentive):
     images = {"image": jnp.stack(task._pixels[:8])}
     gradient = jax.jit(jax.grad(lambda a, keys: task.program.skeleton.merge(LINEAR, a).loss(images, keys)[0]))
     for r in range(3):
-        key = jax.random.fold_in(jax.random.key(SEED), 1 + r)
-        keys = jnp.stack([jax.random.fold_in(key, i) for i in range(8)])
+        keys = jnp.stack([jax.random.fold_in(jax.random.fold_in(jax.random.key(SEED), 1 + r), i) for i in range(8)])
         flat.append(np.concatenate([np.ravel(g) for g in jax.tree.leaves(gradient(LINEAR, keys))]).astype(np.float64))
     unit = [g / np.linalg.norm(g) for g in flat]
     cosine = np.mean([unit[a] @ unit[b] for a, b in ((0, 1), (0, 2), (1, 2))])

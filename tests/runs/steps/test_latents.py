@@ -89,8 +89,7 @@ def test_the_loss_of_an_objective_is_that_of_its_own_moments(objective):
 
     def within(arrays):
         moments = p.skeleton.merge(arrays).moments(preprocess.to_float(batch["image"])).astype(held)
-        mine = {n: arrays[n] for n in q.arrays}
-        return q.skeleton.merge(mine).loss({**batch, "moments": moments}, keys)[0]
+        return q.skeleton.merge({n: arrays[n] for n in q.arrays}).loss({**batch, "moments": moments}, keys)[0]
 
     a, b = jax.jit(lambda w: (without(w), within(w)))(arrays)
     np.testing.assert_allclose(a, b, rtol=2e-6)
@@ -182,6 +181,11 @@ def test_outputs_of_frozen_models_are_cached(objective, tmp_path):
         refused("holds another cache .*another image or caption there.*: use another folder", other.run)
         other = small.program(configured(cache=out, dtype="bfloat16"))
         refused(r"made with other settings: anchor\.dtypes", cache_builder.open_cache, other)
+        there, other = models.base_config(objective).backbone.source, tmp_path / "words"
+        shutil.copytree(there, other)
+        (other / "merges.txt").write_text(f"{(other / 'merges.txt').read_text()}\n")
+        other = small.program(configured(cache=out, **{"contrast.tokenizer": str(other)}))
+        refused(r"made with other settings: contrast\.tokenizer", cache_builder.open_cache, other)
 
 
 def test_what_is_refused(files, cache, tmp_path, monkeypatch):

@@ -308,14 +308,18 @@ def test_groups_are_consecutive_images():
     np.testing.assert_array_equal(seen["goal"], drawn.noise)  # Which this U-Net predicts.
 
 
-def test_projector_alone_reconstructs():
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_projector_alone_reconstructs(kind):
     c = small.dcr_config(dcr__projector_only=True, dcr__stage1_loss="exact", dcr__tile=3)
+    c.diffusion.scheduler.prediction_type = kind
     config.validate(c, 1)
     module, p = made(c)
     assert [s.name for s in p.stages] == ["projector"] and p.objective.conditions == 1
     pixels, drawn = uniform(4), module.draw(jax.random.split(jax.random.key(0), 4), (14, 14, 4))
     value, seen = jax.jit(module.forward)(pixels, drawn)
-    np.testing.assert_allclose(value, np.mean((seen["predicted"][:, 0] - drawn.noise) ** 2), rtol=1e-5)
+    goal = module.target(seen["latents"], drawn.noise, drawn.timesteps)
+    assert np.array_equal(goal, drawn.noise) == (kind == "epsilon")
+    np.testing.assert_allclose(value, np.mean((seen["predicted"][:, 0] - goal) ** 2), rtol=1e-5)
     assert seen["predicted"].shape == (4, 1, 14, 14, 4)
     assert set(partition.scales(p.stages[0].trainable, p.arrays).values()) == {0.0, 1.0}
 

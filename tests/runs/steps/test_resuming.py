@@ -42,8 +42,7 @@ def test_anchor_by_hand():
     moved = np.asarray(module.vision.encode(view).pooled) - np.asarray(module.anchor.encode(view).pooled)
     far = np.square(moved).sum(axis=1).mean()
     assert far > 0.1
-    found = [metrics["anchor"], metrics["loss"], value]
-    np.testing.assert_allclose(found, [far, base, base + 0.3 * far], rtol=1e-5)
+    np.testing.assert_allclose([metrics["anchor"], metrics["loss"], value], [far, base, base + 0.3 * far], rtol=1e-5)
     p = small.program(rotations(anchor__weight=1.0, dtype="bfloat16", frozen_dtype="bfloat16"))
     arrays = small.random_arrays(p)
     copies = {n: n.replace("anchor/", "vision/") for n in p.arrays if n.startswith("anchor/")}
@@ -57,8 +56,7 @@ def test_average_is_the_recursion_across_stages(monkeypatch):
     head = objectives.Stage("head", 0, 2, 1e-2, (("head/.*", 1.0), (".*", 0.0)))
     both = lambda c: (head, objectives.tune(c, 2))  # noqa: E731
     monkeypatch.setattr(importlib.import_module("outside.rotations"), "stages", both, raising=False)
-    c = rotations(steps=3, ema__decay=0.75, optim__warmup=0.0)
-    states, p = (found := small.train(c, 4)).states, found.program
+    states, p = (found := small.train(rotations(steps=3, ema__decay=0.75, optim__warmup=0.0), 4)).states, found.program
     assert [s.name for s in p.stages] == ["head", "tune"] and int(states[4]["step"]) == 4
     params = [state["params"] for state in states]
     assert {n for n, a in params[2].items() if not np.array_equal(a, params[0][n])} == {"head/kernel", "head/bias"}

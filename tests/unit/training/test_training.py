@@ -91,13 +91,16 @@ def test_stages_have_the_schedule_of_the_config_where_they_give_none():
     c.optim.update(schedule="constant", warmup_steps=7)
     c.condition.warmup_steps = 3
     assert {(s.schedule, s.warmup_steps) for s in objectives.stages(c)} == {("constant", 7)}
+    own = config.default(objective="kuea")
+    own.optim.update(schedule="constant", warmup_steps=7)
+    lr = rate(*objectives.stages(own), 0.5)
+    np.testing.assert_allclose([lr(2), lr(6), lr(39_999)], np.array([3 / 7, 1, 1]) * own.optim.lr, rtol=1e-6)
     c.optim.schedule = "linear"
     refused("config.optim.schedule='linear' must be cosine or constant", config.validate, c, 1)
     own = rate(STAGE._replace(rate=lambda step, pace: pace.warm + step), 0.5)
     assert (own(0), own(3)) == (2300, 2303)
     for steps in (1, 2, 3):  # The shortest stages have a schedule.
-        lr = rate(objectives.Stage("s", 0, steps, 0.5, ()), 0.9)
-        assert max(float(lr(i)) for i in range(steps)) == 0.5
+        assert max(float(rate(objectives.Stage("s", 0, steps, 0.5, ()), 0.9)(i)) for i in range(steps)) == 0.5
 
 
 @pytest.mark.parametrize("name, every", [*itertools.product(("sgd", "adamw"), (False, True))])
