@@ -16,7 +16,7 @@ from diva_jax import config as configs
 from diva_jax.common import errors
 from diva_jax.common.errors import UserError, brief
 from diva_jax.data import tokenizers
-from diva_jax.data.images import prepare, read_file
+from diva_jax.data.images import eight_bits, prepare, read_file
 from diva_jax.evals import Settings, encode
 from diva_jax.models import backbones
 from diva_jax.training import partition
@@ -202,7 +202,8 @@ def _as_sequence(images: ImageLike | Sequence[ImageLike]) -> Sequence[ImageLike]
 def as_image(given: ImageLike) -> Image.Image:
     """Returns an image as a PIL image; see `Encoder.preprocess`."""
     if isinstance(given, Image.Image) and all(given.size):
-        return given
+        with errors.explained("a PIL image cannot be used", "scale its pixels to 8 bits", ValueError):
+            return eight_bits(given)
     if isinstance(given, str | os.PathLike):
         return read_file(given)
     array = np.asarray(given)

@@ -67,7 +67,7 @@ def module(path: str, field: str, wanted: str) -> ModuleType:
         if not path.startswith("diva_jax.") and (folder := str(root[0])):
             named_by_configs.add(folder if folder.endswith(".py") else f"{folder}/")
         return found
-    except (ImportError, ValueError) as e:
+    except (ImportError, TypeError, ValueError) as e:  # A TypeError for a path that begins with a dot.
         if isinstance(e, ImportError) and e.name and not f"{path}.".startswith(f"{e.name}."):
             raise  # Of something that the module imports.
         raise UserError(f"{field}={brief(path)} cannot be imported ({e}): {wanted}") from e
@@ -99,5 +99,5 @@ def check_stored(config: Mapping[str, Any], where: str) -> None:
     unknown = sorted(m for m in _named(config) - _trusted - sys.modules.keys() if not is_own(m))
     if unknown and not _trusts_all:
         problem = f"{where} names the module {brief(unknown[0])}, which would be executed"
-        advice = "read it, then give --trust_objective (in Python, import it first), or a --config that names it too"
+        advice = "read it, then give --trust_objective (in Python, import it first; evaluate: or a --config with it)"
         raise UserError(f"{problem}: {advice}")

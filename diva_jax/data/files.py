@@ -130,8 +130,7 @@ def stat(path: str) -> tuple[int, str]:
         return s.st_size, str(s.st_mtime_ns)
     fs, inside = _file_system(path)
     info = fs.info(inside)
-    version = next((info[k] for k in ("etag", "ETag", "mtime", "updated", "created") if k in info), "")
-    return info["size"], str(version)
+    return info["size"], str(next((info[k] for k in ("etag", "ETag", "mtime", "updated", "created") if k in info), ""))
 
 
 def is_folder(path: str) -> bool:

@@ -106,6 +106,15 @@ def _check_size(image: Image.Image) -> None:
         raise ValueError(f"{image.width}x{image.height} pixels are too many, or too far from a square")
 
 
+def eight_bits(image: Image.Image) -> Image.Image:
+    """The image with 8 bits per pixel instead of 16; a ValueError for pixels of 32."""
+    if image.mode.startswith("I;16"):  # Pillow's conversion would cut values off at 255.
+        return Image.fromarray(((np.asarray(image).astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError(f"pixels of mode {image.mode} (32 bits) have no range that says what is white")
+    return image
+
+
 def decode(data: bytes, rgb: bool = True) -> Image.Image:
     """Decodes an image at its full size; Pillow's `draft` mode, which decodes JPEGs at a lower resolution, would change
     pixels. `rgb` converts at once, as webdataset and torchvision's folders do; otherwise the image keeps its mode, and
@@ -117,11 +126,7 @@ def decode(data: bytes, rgb: bool = True) -> Image.Image:
         raise ValueError(f"it is no image of {', '.join(FORMATS)}") from e
     _check_size(image)
     image.load()
-    if image.mode.startswith("I;16"):  # Pillow's conversion would cut values off at 255.
-        pixels = (np.asarray(image).astype(np.uint32) * 255 + 32767) // 65535
-        image = Image.fromarray(pixels.astype(np.uint8))
-    if image.mode in ("I", "F"):
-        raise ValueError(f"pixels of mode {image.mode} (32 bits) have no range that says what is white")
+    image = eight_bits(image)
     return image.convert("RGB") if rgb and image.mode != "RGB" else image  # Without a copy where it is RGB.
 
 

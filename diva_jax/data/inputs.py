@@ -51,8 +51,7 @@ def common(texts: Sequence[str]) -> str:
     """The words that all texts have, in their order."""
     found = texts[0].split()[:_MAX_WORDS]
     for text in texts[1:]:
-        words = text.split()[:_MAX_WORDS]
-        blocks = difflib.SequenceMatcher(None, found, words, autojunk=False).get_matching_blocks()
+        blocks = difflib.SequenceMatcher(None, found, text.split()[:_MAX_WORDS], autojunk=False).get_matching_blocks()
         found = [word for block in blocks for word in found[block.a : block.a + block.size]]
     return " ".join(found)
 
@@ -101,7 +100,9 @@ class Edits(Alternatives):
 
     def choose(self, record: Record, rng: np.random.Generator) -> tuple[list[str], str] | None:
         for text in (record.text or "").splitlines():
-            if found := [m for m in self._pattern.finditer(text[: 2 * _REACH]) if m.start() < _REACH]:
+            matches = self._pattern.finditer(text[: 2 * _REACH])
+            # Without regard to case, some letters match one that is none of their lower case: the long s matches s.
+            if found := [m for m in matches if m.start() < _REACH and m[0].lower() in self._groups]:
                 break
         else:
             return None
@@ -156,8 +157,7 @@ class Classes(Alternatives):
         return cls(count, of_caption, names, template)
 
     def choose(self, record: Record, rng: np.random.Generator) -> tuple[list[str], str] | None:
-        chosen = rng.permutation(len(self.names))[: self.count]
-        return [self._texts[i] for i in chosen], self._texts[-1]
+        return [self._texts[i] for i in rng.permutation(len(self.names))[: self.count]], self._texts[-1]
 
 
 class Example(NamedTuple):

@@ -121,8 +121,7 @@ def folder_images(root: Path) -> list[Path]:
 
 
 def image_files(paths: Sequence[Path], targets: Sequence, root: Path, rgb: bool = True, **kw) -> Images:
-    names = [os.path.relpath(p, root) for p in paths]
-    return Images(names, lambda i: read_file(paths[i], rgb), targets, **kw)
+    return Images([os.path.relpath(p, root) for p in paths], lambda i: read_file(paths[i], rgb), targets, **kw)
 
 
 def in_folders(root: Path, labels: Mapping[str, int], **kw) -> Images:

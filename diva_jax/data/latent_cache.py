@@ -70,7 +70,7 @@ class Entry(NamedTuple):
 def checksum(record, with_text: bool) -> int:
     """CRC-32 of a record's encoded image, and of its caption where what is cached depends on it."""
     found = zlib.crc32(record.image)
-    return zlib.crc32(record.text.encode(), found) if with_text else found
+    return zlib.crc32(record.text.encode("utf-8", "surrogatepass"), found) if with_text else found
 
 
 class Manifest(Record):

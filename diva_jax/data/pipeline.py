@@ -9,7 +9,9 @@ processes together see the same examples in the same rows.
 import concurrent.futures
 import contextlib
 import errno
+import itertools
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -132,8 +134,7 @@ class Decoder:
 def shuffled(records: int, seed: int) -> grain.MapDataset:
     """The record at each position of a run with this seed."""
     # grain shuffles epoch e by seed + e: with neighbouring seeds one run would repeat the other's orders.
-    shuffle_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
-    order = grain.MapDataset.range(records).shuffle(shuffle_seed).repeat()
+    order = grain.MapDataset.range(records).shuffle(int(np.random.SeedSequence(seed).generate_state(1)[0])).repeat()
     order[0]  # grain initialises itself on first use, which threads must not do at once.
     return order
 
@@ -199,7 +200,9 @@ class Batches:
                 raise UserError(f"{problem} {choice.wanted}{why}: {advice}")
         if cache is not None:
             cache.check(source)
-        self.source, self._cache, self._order = source, cache, shuffled(len(source), seed)
+        self.source, self._cache, self._order, n = source, cache, shuffled(len(source), seed), len(source)
+        # Steps of this size (of the golden ratio, without a common divisor) reach all records, at first distant ones.
+        self._stride = next(s for s in itertools.count(int(0.618 * n) + 1) if math.gcd(s, n) == 1)
         self._scale, self._ratio = tuple(config.crop.scale), tuple(config.crop.ratio)
         self.decoder = Decoder(source, config, any(i.needs_text for i in inputs.values()), choices)
         self._make = {name: i.open(config) for name, i in inputs.items()}
@@ -216,12 +219,12 @@ class Batches:
         self._batches = None  # Opened by the first batch: a restored run must not decode from position 0.
 
     def _at(self, position: int) -> dict[str, np.ndarray]:
-        """The arrays of the example at a position, and its "row". A broken record is replaced by the next good one in
-        the epoch's order; a RunError where too many are broken."""
+        """The arrays of the example at a position, and its "row". A record that cannot be used is replaced by one far
+        from it in the epoch's order, so that a batch does not have it twice; a RunError where too many are broken."""
         n, row = len(self.source), {"row": np.int32(position % self._identity["global_batch"])}
         epoch, k = divmod(position, n)
         for step in range(n):
-            i = self._order[epoch * n + (k + step) % n]
+            i = self._order[epoch * n + (k + step * self._stride) % n]
             cached = self._cache.read(i, epoch) if self._cache else None
             if self._cache and cached is None:
                 self.decoder.broken(i, "it could not be decoded when config.data.latents was made")

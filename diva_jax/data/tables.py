@@ -6,6 +6,7 @@ import functools
 import itertools
 import posixpath
 import re
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, NamedTuple
 
@@ -205,7 +206,7 @@ def _read_row_group(path: str, group: int, columns: tuple[str, ...]) -> pa.Table
         return pa.Table.from_batches(batches, parquet.schema_arrow.empty_table().select(list(columns)).schema)
 
 
-def _parquet_part(path: str, options: Mapping[str, str], read_row_group) -> _Part:
+def _parquet_part(path: str, options: Mapping[str, str], read_row_group, one_at_a_time) -> _Part:
     with files.open_binary(path) as f:
         parquet = pq.ParquetFile(f)
         chosen, metadata = _typed_columns(path, parquet.schema_arrow, options), parquet.metadata
@@ -217,7 +218,8 @@ def _parquet_part(path: str, options: Mapping[str, str], read_row_group) -> _Par
 
     def cell(row: int, name: str):
         group, local = locate(ends, row)
-        return _value(read_row_group(path, group, columns)[name][local])
+        with one_at_a_time if largest > _LARGE_ROW_GROUP_BYTES else contextlib.nullcontext():
+            return _value(read_row_group(path, group, columns)[name][local])
 
     largest = max((group.total_byte_size for group in groups), default=0)
     return _Part(path, metadata.num_rows, chosen, cell, row_group_bytes=largest)
@@ -279,7 +281,7 @@ def open_tables(
         "csv": _csv_part,
         "jsonl": _jsonl_part,
         "arrow": _arrow_part,
-        "parquet": functools.partial(_parquet_part, read_row_group=read_row_group),
+        "parquet": functools.partial(_parquet_part, read_row_group=read_row_group, one_at_a_time=threading.Lock()),
     }
     parts = []
     for file in paths:

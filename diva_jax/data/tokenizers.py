@@ -49,8 +49,7 @@ def whitespace_clean(text: str) -> str:
 
 def siglip_clean(text: str) -> str:
     """SigLIP's ("canonicalize"): underscores become blanks, no ASCII punctuation, lower case, single blanks."""
-    text = _basic_clean(text).replace("_", " ").translate(_NO_PUNCTUATION)
-    return " ".join(text.lower().split())
+    return " ".join(_basic_clean(text).replace("_", " ").translate(_NO_PUNCTUATION).lower().split())
 
 
 class ClipTokenizer:
@@ -117,7 +116,9 @@ class FolderTokenizer:
 
     def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """(what `__call__` returns, bool [N, length]: false for padding)."""
-        cleaned, shape = [self._clean(text) for text in texts], (len(texts), self._length)
+        # Half of a pair of UTF-16, which JSON may hold, is a question mark.
+        cleaned = [self._clean(text).encode("utf-8", "replace").decode() for text in texts]
+        shape = (len(texts), self._length)
         encoded = self._tokenizer(
             cleaned, max_length=self._length, padding="max_length", truncation=True, return_attention_mask=True
         )
@@ -155,8 +156,7 @@ def clip_vocabulary(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]
                 content = f.read(_MAX_UNPACKED_BYTES + 1)
             if len(content) > _MAX_UNPACKED_BYTES:
                 raise ValueError("it has more than 64 MiB")
-            lines = content.decode("utf-8").split("\n")
-            merges, listed = [_pair(line) for line in lines[1 : _OPENAI_MERGES + 1]], {}
+            merges, listed = [_pair(line) for line in content.decode("utf-8").split("\n")[1 : _OPENAI_MERGES + 1]], {}
             letters = [*BYTE_LETTERS, *(letter + "</w>" for letter in BYTE_LETTERS)]
             vocab = {t: i for i, t in enumerate([*letters, *(a + b for a, b in merges), _START, _END])}
         added = {t["content"]: bool(t.get("normalized", not t.get("special"))) for t in listed.values()}

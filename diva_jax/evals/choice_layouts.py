@@ -83,8 +83,7 @@ def _sugarcrepe(row: _Row) -> Item:
 def _two_by_two(row: _Row) -> Item:
     """Winoground (arXiv 2204.03162): lines of {image_0, image_1, caption_0, caption_1, tag, collapsed_tag}; and
     NaturalBench's retrieval form (arXiv 2410.14669), a list of the same without tags."""
-    names = row.texts("image_0", "image_1")
-    images = [row.image(f"images/{n}.png", f"{n}.png", f"images/{n}", n) for n in names]
+    images = [row.image(f"images/{n}.png", f"{n}.png", f"images/{n}", n) for n in row.texts("image_0", "image_1")]
     tag = str(row.value.get("tag", ""))
     groups = {"class": tag, "pattern": str(row.value.get("collapsed_tag", tag))}
     return row.item(images, row.texts("caption_0", "caption_1"), groups)
@@ -176,8 +175,9 @@ def _own(row: _Row) -> Item:
     """A set of one's own: {"images": [...], "texts": [...], "pairs": [[image, text], ...], "class": "..."}. `pairs` are
     the numbers of those that belong together, by default [[0, 0], [1, 1], ...]; `class` is optional."""
     names, words = row.field("images", list), row.field("texts", list)
-    if not names or not all(isinstance(n, str) and n.strip() for n in (*names, *words)):
-        raise UserError(f"{row.where}: 'images' and 'texts' must hold texts, none empty: correct the row")
+    whole = all(isinstance(n, str) and n.strip() for n in (*names, *words))
+    if not names or not whole or len({*names}) < len(names) or len({*words}) < len(words):
+        raise UserError(f"{row.where}: 'images' and 'texts' must hold texts, none empty or twice: correct the row")
     pairs, counts = row.value.get("pairs", [[i, i] for i in range(len(names))]), (len(names), len(words))
     if not isinstance(pairs, list) or not all(
         isinstance(p, list) and len(p) == 2 and all(n in range(count) for n, count in zip(p, counts, strict=True))

@@ -50,12 +50,12 @@ def split_step(text: str) -> tuple[str, int | None]:
     return (workdir, int(step)) if workdir and step.isdecimal() else (text, None)
 
 
-def as_run(source: str) -> tuple[str, int | None] | None:
+def as_run(source: str, field: str = "--weights") -> tuple[str, int | None] | None:
     """(workdir, step if one was given) of WORKDIR or WORKDIR:STEP; None where there is no folder with a config and
-    checkpoints; a UserError where a bucket cannot be reached."""
+    checkpoints; a UserError, with the `field`, where a bucket cannot be reached."""
 
     def is_run(workdir: str) -> bool:
-        folder = paths.folder(workdir, "--weights")
+        folder = paths.folder(workdir, field)
         return (folder / "config.json").exists() and (folder / "checkpoints").is_dir()
 
     return next((run for run in (split_step(source), (source, None)) if source and is_run(run[0])), None)
@@ -64,7 +64,7 @@ def as_run(source: str) -> tuple[str, int | None] | None:
 def find(source: str, field: str) -> Place:
     """Finds a file, a folder, a hub id, or WORKDIR[:STEP] of a run, the value of `field`; a UserError as of `locate`,
     and where a workdir has no such checkpoint."""
-    if (run := as_run(source)) is None:
+    if (run := as_run(source, field)) is None:
         return Place(source, None, locate(source, field))
     from diva_jax.training import workdirs  # The layer above, which only a run needs.
 
@@ -169,7 +169,7 @@ class ClipSource:
         """The Spec, with `source` as its source; a UserError where a bare file does not state heads and activation."""
         if self.spec is None:
             problem = f"{self.where} ({self.kind}) does not specify the number of heads and the activation"
-            advice = "give --config=configs/vitl14.py, in Python spec='vitl14', or open_clip_config.json beside it"
+            advice = "give --config=configs/vitl14.py, in Python spec='vitl14', or the whole folder of open_clip"
             raise UserError(f"{problem}: {advice}")
         return dataclasses.replace(self.spec, source=source)
 
@@ -250,9 +250,11 @@ def open_source(source: str, field: str = "--source") -> ClipSource:
     where = str(at)
     tokenizer = tokenizer_files(folder) if described else ()
     if any(name.startswith(tuple(layout.mark for layout in names.layouts())) for name in tensors):
-        config, preprocessor = folder / "config.json", folder / "preprocessor_config.json"
-        prepared = formats.read_json(preprocessor) if preprocessor.is_file() else {}
-        spec, silent = names.from_transformers(formats.read_json(config), prepared, where)
+        # transformers prefers the newer file, where both are there and it has the image processor.
+        files = (folder / "processor_config.json", folder / "preprocessor_config.json")
+        newer, older = (formats.read_json(file) if file.is_file() else {} for file in files)
+        prepared = newer.get("image_processor", older)
+        spec, silent = names.from_transformers(formats.read_json(folder / "config.json"), prepared, where)
         if silent:
             say_once(
                 f"note: {where}: {listing(sorted(silent))} as open_clip runs these weights, not as config.json says"

@@ -101,8 +101,7 @@ class Vision(nnx.Module):
 def shapes(tensors: Mapping) -> dict:
     """The fields of Spec that a checkpoint's shapes tell: all but the heads and the MLP's activation, if not SwiGLU."""
     register_tokens, w3 = "visual.register_tokens", "visual.blocks.0.mlp.w3.weight"
-    layer = "mlp.w3.weight" if w3 in tensors else "mlp.fc1.weight"
-    found = CHECKPOINT.shapes(tensors, layer)
+    found = CHECKPOINT.shapes(tensors, "mlp.w3.weight" if w3 in tensors else "mlp.fc1.weight")
     found |= dict(registers=tensor_shape(tensors, register_tokens, 3)[1] if register_tokens in tensors else 0)
     return found | (dict(activation="swiglu", mlp_dim=tensor_shape(tensors, w3)[1]) if w3 in tensors else {})
 

@@ -90,8 +90,7 @@ def test_files_of_the_diva_authors(model, tmp_path, layout):
     state = {f"class_model.model.{k}": v for k, v in tensors.items()}
     state |= {"class_model.final_fc.weight": torch.ones(1, 20), "unet.conv_in.weight": torch.ones(4, 4, 3, 3)}
     bare = {k.removeprefix("visual."): v for k, v in tower.items()}
-    content = {"tower": bare, "visual": tower, "training state": state}[layout]
-    torch.save(content, tmp_path / "OpenAI-ViT-L-14-224.pth")
+    torch.save({"tower": bare, "visual": tower, "training state": state}[layout], tmp_path / "OpenAI-ViT-L-14-224.pth")
     source = str(tmp_path / "OpenAI-ViT-L-14-224.pth")
     same(weights.load(source, CLIP), names.table("vision", CLIP), tensors)
     if layout != "training state":

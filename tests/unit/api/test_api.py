@@ -10,6 +10,7 @@ import pytest
 from e2e_config import get_config
 from eval_data import encoded, patch
 from helpers import refused
+from PIL import Image
 from specs import EVAL_CLIP
 
 import diva_jax
@@ -50,6 +51,9 @@ def test_every_form_of_images(encoder, clip, tmp_path):
         np.testing.assert_allclose(encoder.encode_image(given_as[2]), want[2:3], atol=2e-5)
     np.testing.assert_array_equal(np.stack([encoder.preprocess(p) for p in given]), pixels)
     np.testing.assert_allclose(encoder.encode_image(p for p in given[:2]), want[:2], atol=2e-5)
+    wide = Image.fromarray(np.arange(40 * 30, dtype=np.uint16).reshape(40, 30) * 50)
+    wide.save(tmp_path / "wide.png")
+    np.testing.assert_array_equal(encoder.preprocess(wide), encoder.preprocess(tmp_path / "wide.png"))
     assert encoder.encode_image([]).shape == encoder.encode_text([]).shape == (0, encoder.spec.embed_dim)
     found = encoder.encode_image((given * 4)[:19], normalise=True)  # More than a batch.
     np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-6)
@@ -81,6 +85,7 @@ def test_bad_images_are_one_sentence(encoder, tmp_path):
         (tmp_path / "none.png", "none.png cannot be read .*No such file.*: check the path"),
         ([tmp_path / "broken.png"], "broken.png cannot be read"),
         ([3], "not int64 .."),
+        (Image.new("F", (9, 7)), "a PIL image cannot be used .*no range.*: scale its pixels"),
         (rng.normal(size=(2, 3, 8, 9)), "give the image as it is before normalisation"),
     ):
         refused(says, encoder.encode_image, given)
@@ -168,8 +173,7 @@ def test_batches_are_cropped_as_in_training(loss):
     c, image = loss.config.data.crop, patch(1)
     batch = loss.batch([image, image], seed=5)
     for i in range(2):
-        rng = np.random.default_rng((5, i))
-        box = images.sample_box(rng, *image.size, tuple(c.scale), tuple(c.ratio))
+        box = images.sample_box(np.random.default_rng((5, i)), *image.size, tuple(c.scale), tuple(c.ratio))
         np.testing.assert_array_equal(batch["image"][i], images.resized_crop(image, box, 21, c.interpolation))
     assert loss.inputs == {"image": ((21, 21, 3), np.dtype(np.uint8))}
 

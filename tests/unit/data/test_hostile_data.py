@@ -239,8 +239,8 @@ def tokens(path):
 
 def prompt(path):
     """Through transformers, which must not run the code that `auto_map` names."""
-    found = tokenizers.FolderTokenizer(path.parent, 6, kind="clip").encode(["a photo"])
-    assert found[0].shape == found[1].shape == (1, 6)
+    found = tokenizers.FolderTokenizer(path.parent, 6, kind="clip").encode(["a photo", "a \ud83d"])
+    assert found[0].shape == found[1].shape == (2, 6)
 
 
 READERS = {

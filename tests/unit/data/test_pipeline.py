@@ -102,11 +102,11 @@ def test_close_ends_the_threads(noisy):
     assert iterator.get_state()["batches"] == 2
 
 
-def test_broken_images_give_way_to_the_next_in_order(tmp_path, tagged, caplog):
+def test_broken_images_give_way_to_others_of_the_epoch(tmp_path, tagged, caplog):
     """In every process, and after a resume."""
     order = tags_of(batches(tagged, batch=6), 8)
-    # In the first epoch: one in the middle, two in a row, and the last, which the first one replaces.
-    bad = {order[5], order[11], order[12], order[23]}
+    # In the first epoch: one in the middle, the last, and two of which one would be replaced by the other.
+    bad = {order[5], order[11], order[11 + 17 - 24], order[23]}
     write_shards(tmp_path, 24, 10, broken=bad)
     with caplog.at_level(logging.WARNING):
         iterator = batches(tmp_path, batch=6, max_broken_share=0.5)
@@ -115,7 +115,7 @@ def test_broken_images_give_way_to_the_next_in_order(tmp_path, tagged, caplog):
     for position, tag in enumerate(order):
         k = position
         while order[k] in bad:
-            k = k + 1 if (k + 1) % 24 else k + 1 - 24  # Never into the next epoch.
+            k = k - k % 24 + (k + 17) % 24  # Never into the next epoch.
         assert seen[position] == order[k] and (tag in bad) == (seen[position] != tag)
     assert iterator.decoder.count == 4
     # Each is logged once, although it occurs in both epochs.
@@ -125,6 +125,12 @@ def test_broken_images_give_way_to_the_next_in_order(tmp_path, tagged, caplog):
         part.set_state(state_of(2, records=24))
         for expected, got in zip(whole[2:], take(part, 6), strict=True):
             np.testing.assert_array_equal(got["image"], expected["image"][p::3])
+
+
+def test_a_batch_has_few_images_twice_where_every_second_one_is_broken(tmp_path):
+    write_shards(tmp_path, 90, 30, broken=range(0, 90, 2))
+    for batch in take(batches(tmp_path, batch=20, max_broken_share=1.0), 4):
+        assert len(set(tags(batch["image"]))) >= 16
 
 
 @pytest.mark.parametrize("count", [1, 40])
@@ -238,8 +244,7 @@ def test_every_entry_is_read_as_it_was_written(latents):
         assert got is None if i == BROKEN else got[:4] == want[:4] and (got.moments == want.moments).all()
     cache = Cache(str(latents), FACTS)
     cache.arrays(cache.read(3, 0), Record("", jpeg(3)), "3.jpg")
-    changed = Record("", jpeg(3) + b"\0")
-    failed(r"3\.jpg is another image there", cache.arrays, cache.read(3, 0), changed, "3.jpg")
+    failed(r"3\.jpg is another image there", cache.arrays, cache.read(3, 0), Record("", jpeg(3) + b"\0"), "3.jpg")
 
 
 def test_the_slot_of_a_record_without_moments_is_filled_and_a_run_resumes(latents, noisy):
@@ -252,7 +257,7 @@ def test_the_slot_of_a_record_without_moments_is_filled_and_a_run_resumes(latent
     iterator, order = opened(), pipeline.shuffled(COUNT, 4)
     seen = take(iterator, 9)
     for position in range(COUNT):
-        i = order[position] if order[position] != BROKEN else order[(position + 1) % COUNT]
+        i = order[position] if order[position] != BROKEN else order[(position + 7) % COUNT]
         np.testing.assert_array_equal(seen[position // 5]["moments"][position % 5], entry(i, 0).moments)
     assert iterator.decoder.count == 1
     resumed = opened()

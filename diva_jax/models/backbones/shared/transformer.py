@@ -85,8 +85,7 @@ def embedded(tower: nnx.Module, images: Array, first: nnx.Param | None = None) -
     x = tower.patch_embed(images.astype(tower.dtype))  # [B, grid, grid, width]
     x = x.reshape(x.shape[0], -1, x.shape[-1])
     if first is not None:
-        first = jnp.broadcast_to(first[...].astype(tower.dtype), (x.shape[0], 1, x.shape[-1]))
-        x = jnp.concatenate([first, x], axis=1)
+        x = jnp.concatenate([jnp.broadcast_to(first[...].astype(tower.dtype), (x.shape[0], 1, x.shape[-1])), x], axis=1)
     return x + tower.pos_embed[...].astype(tower.dtype)
 
 

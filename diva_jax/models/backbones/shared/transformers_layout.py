@@ -98,7 +98,8 @@ def preprocessing(
     size. Images that are resized to `image_size` by their shorter side and cropped are cropped where open_clip does,
     which is one pixel elsewhere where the rest is odd. A UserError for an option that is not implemented, or makes
     images of another size than the model's."""
-    file = LibraryConfig(preprocessor, f"{where}/preprocessor_config.json")
+    where = f"{where}/preprocessor_config.json (or processor_config.json)"
+    file = LibraryConfig(options(preprocessor, {}, where), where)
     file.check(_PROCESSOR["read"], _PROCESSOR["fixed"])
     kind = preprocessor.get("image_processor_type") or preprocessor.get("feature_extractor_type")
     if kind is not None:
