@@ -65,8 +65,9 @@ class Difference(_WithInterval):
 
     @property
     def sign(self) -> int:
-        """1 where zero is below the interval over items, and over runs where there is one; -1 above both; else 0."""
-        signs = {(ends[0] > 0) - (ends[1] < 0) for ends in (self.interval or [0, 0], self.runs_interval) if ends}
+        """1 where zero is below the interval over items and, with runs, the one over runs; -1 above both; else 0."""
+        known = [self.interval, self.runs_interval] if self.runs or self.runs_interval else [self.interval]
+        signs = {(low > 0) - (high < 0) if low < high else 0 for low, high in (ends or (0, 0) for ends in known)}
         return signs.pop() if len(signs) == 1 else 0
 
 
@@ -194,6 +195,11 @@ class Source(Record):
     source: str | None = None
     step: Count | None = None
     members: list["Source"] = []
+
+    @property
+    def place(self) -> str:
+        """Such as `runs/a, step 400`."""
+        return f"{self.source}" if self.step is None else f"{self.source}, step {self.step}"
 
 
 class Verdict(Record):

@@ -69,8 +69,7 @@ def read_out(readout: Readout, features: Features, weights: Array | None) -> Arr
     tokens, cls = (x.astype(jnp.float32) for x in features)
     out = (l2(cls) if readout.l2_cls else cls)[:, None]  # [B, 1, D]
     if readout.patches is not None:
-        tokens = l2(tokens) if readout.l2_patches else tokens
-        out = out + jnp.einsum("bkp,bpd->bkd", weights, tokens)
+        out = out + jnp.einsum("bkp,bpd->bkd", weights, l2(tokens) if readout.l2_patches else tokens)
     return l2(out) if readout.l2_after else out
 
 
@@ -112,8 +111,7 @@ class Towers:
         self.spec, self.mesh, self.settings = spec, mesh, settings
         self.readout = parse_readout(spec.readout)
         dtype = jnp.dtype(settings.dtype)
-        vision = abstract(lambda rngs: backbones.build(spec, rngs=rngs, dtype=dtype))
-        self._vision = partition.disassemble(vision)[0]
+        self._vision = partition.disassemble(abstract(lambda rngs: backbones.build(spec, rngs=rngs, dtype=dtype)))[0]
         devices = mesh.devices.size
         self.batch = -(-settings.batch_size // devices) * devices
         self._pixels = jax.ShapeDtypeStruct((spec.image_size, spec.image_size, 3), np.uint8)
@@ -129,8 +127,7 @@ class Towers:
 
     def _compiled(self, step: Callable, **static: str) -> Callable:
         # By default TPUs multiply float32 matrices in bfloat16; an evaluation in float32 must not.
-        precision = "highest" if self.settings.dtype == "float32" else "default"
-        step = jax.default_matmul_precision(precision)(step)
+        step = jax.default_matmul_precision("highest" if self.settings.dtype == "float32" else "default")(step)
         return jax.jit(step, out_shardings=NamedSharding(self.mesh, P()), **static)
 
     def _normalised(self, pixels: Array) -> Array:
@@ -149,8 +146,7 @@ class Towers:
     def outputs(self, step: Callable, read: Callable[[int], tuple], count: int, *like: Array) -> Iterator[Any]:
         """Yields the outputs of a compiled step for items 0..count-1, batch by batch, without the padding. `read` gives
         the arrays of one item, of the shapes `like`; it is called from threads, while the previous batch is in use."""
-        sharding = NamedSharding(self.mesh, partition.BATCH)
-        spans = sharding.addressable_devices_indices_map((self.batch,)).values()
+        spans = NamedSharding(self.mesh, partition.BATCH).addressable_devices_indices_map((self.batch,)).values()
         mine = sorted({i for (span,) in spans for i in range(*span.indices(self.batch))})
         padding = [np.zeros(x.shape, x.dtype) for x in like]
         with ThreadPoolExecutor(READER_THREADS) as pool:
@@ -251,8 +247,7 @@ def read(source: str, step: int | None, config, mesh: Mesh) -> Encoder:
         origins.check_same(vars(spec), wanted, fields, f"the run {source}", "config.backbone")
         min_shard = run.config.mesh.min_shard
         towers = {kind: put(arrays, mesh, min_shard) for kind, arrays in run.towers().items() if kind in names.TOWERS}
-        params = put(run.params, mesh, min_shard)
-        return Encoder(towers["vision"], towers.get("text"), spec.source, params, spec.source)
+        return Encoder(towers["vision"], towers.get("text"), spec.source, put(run.params, mesh, min_shard), spec.source)
     vision = tower("vision", source, backbones.spec_of(config), mesh, config.mesh.min_shard)
     text = source if origins.open_source(source, "--weights").has_text else config.backbone.source
     return Encoder(vision, None, text, {}, source)

@@ -42,7 +42,7 @@ def labels_of(sources: Sequence[str], steps: Sequence[int | None]) -> list[str]:
 
 
 class Evaluator:
-    """Tasks on a mesh: all data is read and checked when it is built, towers are compiled once, for all weights.
+    """Tasks on a mesh: tables and lists are checked when it is built, towers are compiled once, for all weights.
 
     `data` is task, a name or a dotted path -> where its data is. `tasks` are by short name, in order; `options` are
     those that the scores depend on, for results.json. A UserError where a task, an option or its data is wrong."""
@@ -129,7 +129,7 @@ class Evaluator:
             comparisons = []
             for before, after in pairs:
                 compared = seeds.compare(task, by_label[before], by_label[after])
-                mine += compared.pop("rows", [])
+                mine += compared.pop("rows", []) * (before == labels[0])
                 comparisons.append({"before": before, "after": after, **compared})
             tasks[name] = {
                 "title": task.title,
@@ -163,7 +163,7 @@ def run(
         seeds.check(name, members)
         label = name or own[len(labels)]
         if label in listed:
-            raise UserError(f"--weights has two sets that are called {label}: give the group another name")
+            raise UserError(f"--weights has two sets that are called {label}: give each once, or name the group anew")
         sources = [{"source": place.source, "step": place.step} for place in members]
         listed[label] = {"label": label} | ({"members": sources} if name else sources[0])
         labels += [label] * len(members)
@@ -176,7 +176,7 @@ def run(
     for label, entry in list(listed.items())[1:]:
         if entry.get("step") is not None:
             runs.setdefault(entry["source"], []).append(label)
-    notes = seeds.best_notes(runner.tasks, dict(outcomes), runs, choose_best, runner.settings)
+    notes = seeds.best_notes(runner.tasks, outcomes, runs, choose_best, runner.settings)
     took = {"seconds": round(time.perf_counter() - began, 1)}
     out = {"weights": list(listed.values()), "notes": notes, "summary": results.summaries(tasks), "tasks": tasks}
     return results.about(config, runner.options) | took | out, rows

@@ -12,6 +12,7 @@ from diva_jax.common.errors import UserError, listing
 from diva_jax.common.fields import differences
 from diva_jax.evals import ItemTask, Outcome, Settings, Task, stats
 from diva_jax.training import workdirs
+from diva_jax.weights import origins
 from diva_jax.weights.origins import Place
 
 # Largest number of random signs in memory, 32 MB.
@@ -23,7 +24,7 @@ def parse(text: str) -> tuple[str, list[str]]:
     """`tuned=runs/s0,runs/s1` -> ("tuned", ["runs/s0", "runs/s1"]); a single source -> ("", [source]). A UserError
     where a group has fewer than two sources, or one of them twice."""
     found = _GROUP.fullmatch(text)
-    if not found or Path(text).exists():
+    if not found or Path(origins.split_step(text)[0]).exists():
         return "", [text]
     name, sources = found[1], [s for s in found[2].split(",") if s]
     if len(set(sources)) < max(2, len(sources)):
@@ -40,7 +41,7 @@ def check(name: str, members: Sequence[Place]) -> None:
     for place, other in runs:
         if place.step != first.step or len(runs) < len(members):
             places = listing([f"{p.source} (step {p.step})" for p in members])
-            raise UserError(f"--weights={name}=...: {places} are not at one step: name it, WORKDIR:STEP")
+            raise UserError(f"--weights={name}=...: {places} are not runs at one step: give WORKDIR:STEP of each")
         if changed := differences(config, other, workdirs.WHOLE, (*workdirs.RESUMABLE, "seed")):
             problem = f"--weights={name}=...: {place.source} and {first.source} differ in more than their seed"
             raise UserError(f"{problem}: {listing(changed, 5)}; a group is of runs of one config")
@@ -52,16 +53,16 @@ def check(name: str, members: Sequence[Place]) -> None:
 def student(after: Sequence[float], before: Sequence[float] = (0.0,)) -> list[float] | None:
     """Student's 95% interval of the difference of two means over runs, with Welch's degrees of freedom.
 
-    A side with a single value counts as known exactly. Returns [low, high], or None where both sides have one value."""
+    A side with a single value counts as known exactly. Returns [low, high], or None where no side has two values that
+    differ: their spread, and with it chance, is not known."""
     from scipy.special import stdtrit
 
     sides = [np.asarray(side, np.float64) for side in (after, before)]
     variances = [(side.var(ddof=1) / len(side), len(side) - 1) for side in sides if len(side) > 1]
-    if not variances:
-        return None
     total, middle = sum(v for v, _ in variances), float(sides[0].mean() - sides[1].mean())
-    freedom = total**2 / sum(v**2 / n for v, n in variances) if total else 1.0
-    half = float(stdtrit(freedom, 0.975) * total**0.5)
+    if total**0.5 <= 1e-9 * max(np.abs(side).max() for side in sides):
+        return None
+    half = float(stdtrit(total**2 / sum(v**2 / n for v, n in variances), 0.975) * total**0.5)
     return [middle - half, middle + half]
 
 
@@ -99,11 +100,11 @@ def compare(task: Task, before: Sequence[Outcome], after: Sequence[Outcome]) -> 
     """Compares two groups, of which each may be of one: as `Task.compare`, with `runs` and `runs_interval`."""
     if len(before) == len(after) == 1:
         return task.compare(before[0], after[0])
-    cells = [[task.compare(b, a)["scores"] for b in before] for a in after]
-    scores = {}
-    for metric, first in cells[0][0].items():
+    cells = [[task.compare(b, a) for b in before] for a in after]
+    scores, rows = {}, [values for row in cells for values in row[0].get("rows", [])]
+    for metric, first in cells[0][0]["scores"].items():
         kind = "difference" if "difference" in first else "score"
-        table = np.array([[cell[metric][kind] for cell in row] for row in cells])
+        table = np.array([[cell["scores"][metric][kind] for cell in row] for row in cells])
         runs = table.mean(axis=1) if len(after) > 1 else table.mean(axis=0)
         sides = [[m.results["scores"][metric]["score"] for m in side] for side in (after, before) if kind != "score"]
         ends = student(*sides) if sides else student(runs)
@@ -111,7 +112,7 @@ def compare(task: Task, before: Sequence[Outcome], after: Sequence[Outcome]) -> 
         if isinstance(task, ItemTask):
             (was, _), (now, how) = _items(task, metric, before), _items(task, metric, after)
             scores[metric] |= stats.paired(was, now, **how) | {"mcnemar": None}
-    return {"scores": scores}
+    return {"scores": scores, "rows": rows}
 
 
 def largest_by_chance(changes: np.ndarray, clusters: np.ndarray, resamples: int, seed: int) -> np.ndarray:
@@ -128,10 +129,11 @@ def largest_by_chance(changes: np.ndarray, clusters: np.ndarray, resamples: int,
 
 
 def best_notes(
-    tasks: Mapping[str, Task], outcomes: Mapping, runs: Mapping[str, Sequence[str]], chosen: bool, settings: Settings
+    tasks: Mapping[str, Task], outcomes: Sequence, runs: Mapping[str, Sequence[str]], chosen: bool, settings: Settings
 ) -> list[str]:
     """A sentence for every run with several checkpoints (workdir -> their labels): with `chosen` about its best, in the
-    first task, else that it has no claim. `outcomes` are label -> task -> outcome, the first label is the reference."""
+    first task, else that it has no claim. `outcomes` are (label, task -> outcome); those of the first label, a group if
+    there are several, are the reference."""
     several = {run: labels for run, labels in runs.items() if len(labels) > 1}
     if not chosen:
         return [
@@ -148,14 +150,15 @@ def best_notes(
             f"{run}: the best of {len(labels)} checkpoints cannot be compared with chance in {title}"
             for run, labels in several.items()
         ]
-    before, out = task.values(metric, next(iter(outcomes.values()))[name].held), []
-    n = len(before.values)
+    before, out = task.values(metric, outcomes[0][1][name].held), []
+    reference = _items(task, metric, [found[name] for label, found in outcomes if label == outcomes[0][0]])[0]
+    n = len(reference)
     strata = np.zeros(n, int) if before.strata is None else np.unique(before.strata, return_inverse=True)[1]
     weights = 100 / (np.bincount(strata)[strata] * (strata.max() + 1))
     clusters = np.arange(n) if before.clusters is None else before.clusters
     for run, labels in several.items():
-        values = [task.values(metric, outcomes[label][name].held).values for label in labels]
-        changes, count = np.stack([(after - before.values) * weights for after in values]), len(labels)
+        values = [task.values(metric, dict(outcomes)[label][name].held).values for label in labels]
+        changes, count = np.stack([(after - reference) * weights for after in values]), len(labels)
         chance = largest_by_chance(changes, clusters, settings.bootstrap, settings.seed)
         means = changes.sum(axis=1)
         best = int(np.argmax(means.round(9)))

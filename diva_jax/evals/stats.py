@@ -115,8 +115,7 @@ def rounded(scores: np.ndarray) -> np.ndarray:
 
 def _chosen(scores: np.ndarray, right: np.ndarray) -> np.ndarray:
     """Whether in each row the right columns are higher than all others: [..., R, C], bool [R, C] -> bool [...]."""
-    lowest = np.where(right, scores, np.inf).min(axis=-1)
-    return (lowest > np.where(right, -np.inf, scores).max(axis=-1)).all(axis=-1)
+    return (np.where(right, scores, np.inf).min(axis=-1) > np.where(right, -np.inf, scores).max(axis=-1)).all(axis=-1)
 
 
 def _matched(scores: np.ndarray) -> np.ndarray:

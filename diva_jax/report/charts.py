@@ -95,8 +95,7 @@ def curves(
             axes.plot(*zip(*s.points, strict=True), linewidth=1, alpha=0.35, **how)
         marker = {"marker": "o", "markersize": 6} if len(smooth) == 1 else {}
         axes.plot(*zip(*smooth, strict=True), linewidth=2, **marker, **how)
-    shown = data[0].points[:: max(1, len(data[0].points) // _MAX_TOOLTIPS)]
-    texts: dict[float, list[str]] = {x: [] for x, _ in shown}
+    texts: dict[float, list[str]] = {x: [] for x, _ in data[0].points[:: max(1, len(data[0].points) // _MAX_TOOLTIPS)]}
     for s in data:
         for x, y in s.points:
             if x in texts:
@@ -207,5 +206,4 @@ def moving_mean(data: Sequence[tuple[float, float]], window: int) -> list[tuple[
     total = np.concatenate([[0.0], np.cumsum([y for _, y in data])])
     at = np.arange(len(data))
     first, last = np.maximum(0, at - window // 2), np.minimum(len(data), at + window // 2 + 1)
-    means = (total[last] - total[first]) / (last - first)
-    return [(x, float(mean)) for (x, _), mean in zip(data, means, strict=True)]
+    return [(x, float(mean)) for (x, _), mean in zip(data, (total[last] - total[first]) / (last - first), strict=True)]

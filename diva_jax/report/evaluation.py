@@ -88,11 +88,11 @@ def sections(inputs: Inputs) -> list[Section]:
             head = [Label("Between"), *(Label(f"{c.before} and {c.after}") for c in task.comparisons)]
             parts.append(_scores(task, head, [(scores, False) for scores in between]))
         parts.append(Part("gaps_without_signal", task=task))
+        parts += [Part("paragraph", line=f"{label}: {n}.", kind="plain") for _, label, w in used for n in w.notes]
         charts = _patterns(name, task, used) + _timesteps(name, task, used) or _all_scores(name, task, used)
         parts += [Part("charts", charts=charts)] if charts else []
         parts += images.segmented(task, labels)
-        count = f"{task.count:,} {task.items}" if task.count else ""
-        out += [Section(task.title, parts, count), *images.flipped(task)]
+        out += [Section(task.title, parts, f"{task.count:,} {task.items}" if task.count else ""), *images.flipped(task)]
     return out
 
 
@@ -275,9 +275,11 @@ def alarms(inputs: Inputs) -> list[Finding]:
                 scores = {m: weights.scores[m] for m in _NOISE_METRICS if m in weights.scores}
                 # Weights from before the tuning can still be tuned well, as the projection is trained too.
                 kind = "doubt" if i == 0 and len(task.weights) > 1 else "bad"
-                out += _noise(label, {m: s.known_interval for m, s in scores.items()}, kind)
+                out += _noise(label, {m: s.known_interval or s.runs_interval for m, s in scores.items()}, kind)
         out += _comparisons(inputs.results)
         out += [Finding("Several checkpoints of one run", f"{note}.", "doubt") for note in inputs.results.notes]
+    lost = "is no folder here, so that its curves and alarms are missing: start the report where evaluate was started"
+    out += [Finding("A run was not found", f"{source} {lost}.", "doubt") for source in inputs.missing]
     for run in inputs.runs:
         ends = {m: [run.last(f"feedback/{m}/{end}") for end in ("low", "high")] for m in _NOISE_METRICS}
         known = {m: e for m, e in ends.items() if None not in e and e[0] < e[1]}

@@ -101,8 +101,7 @@ def _style(salt: str = "") -> Iterator[None]:
 
 def in_pairs(charts: Sequence[Chart]) -> list[Chart]:
     """Lays out charts in pairs. If their number is odd, the first one takes the full width."""
-    odd = len(charts) % 2
-    return [chart._replace(half=i >= odd) for i, chart in enumerate(charts)]
+    return [chart._replace(half=i >= len(charts) % 2) for i, chart in enumerate(charts)]
 
 
 def colour_role(index: int) -> str:

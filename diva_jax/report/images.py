@@ -96,8 +96,7 @@ def segmented(task: Task, labels: list[str]) -> list[Part]:
         for what, numbers in maps.items():
             image = Image.fromarray(numbers, "L")
             image.putpalette((palette + [0] * 768)[: 3 * _UNLABELLED] + list(_UNLABELLED_COLOUR))
-            coloured = EmbeddedImage(_uri(image, "png", optimize=True), what)
-            images.append((coloured, Label(what, colours.get(what, ""))))
+            images.append((EmbeddedImage(_uri(image, "png", optimize=True), what), Label(what, colours.get(what, ""))))
         parts.append(Part("strip", images=images, **_legend(list(maps.values()), names)))
     return parts
 

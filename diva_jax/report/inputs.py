@@ -89,6 +89,7 @@ class Inputs(NamedTuple):
     results: Results | None
     runs: list[Run]
     image_rows: ImageRows | None = None
+    missing: tuple[str, ...] = ()
 
 
 def read(folder: epath.PathLike) -> Inputs:
@@ -99,12 +100,15 @@ def read(folder: epath.PathLike) -> Inputs:
         raise UserError(f"{folder} is not a folder: give an evaluation's --out folder or a training --workdir")
     results = _results(folder / "results.json")
     workdirs: dict[epath.Path, tuple[int, tuple[str, ...]]] = {paths.absolute(folder): (1, ())}
+    missing: dict[str, None] = {}
     for i, weights in enumerate(results.weights if results else ()):
         for place in (weights, *weights.members):
             source = _existing_folder(place.source or "", paths.is_remote(folder)) if place.step is not None else None
             if source:
                 index, labels = workdirs.get(source, (i, ()))
                 workdirs[source] = index, (*labels, weights.label)
+            elif place.step is not None and place.source and not paths.is_remote(place.source):
+                missing[place.source] = None
     runs, repair = [], "restore or remove it"
     for path, place in workdirs.items():
         config = json_files.read(path / "config.json", dict[str, Any], repair, {})
@@ -116,7 +120,7 @@ def read(folder: epath.PathLike) -> Inputs:
         command = f"python -m diva_jax.evaluate --out={shlex.quote(str(folder))}"
         raise UserError(f"{problem}: give an evaluation's output folder ({command}) or a training workdir")
     image_rows = json_files.read(folder / "images.json", ImageRows, "write it again, or remove it", None)
-    return Inputs(folder, results, runs, image_rows)
+    return Inputs(folder, results, runs, image_rows, tuple(missing))
 
 
 def _existing_folder(source: str, remote: bool) -> epath.Path | None:
@@ -150,7 +154,7 @@ def _without_equal_readouts(task: Task) -> Task:
     def values(metric: str) -> list:
         parts = [*task.comparisons, *(part for w in task.weights.values() for part in (w, *w.patterns))]
         flips = [(i, f) for i, c in enumerate(task.comparisons) for f in c.flipped if f.metric == metric]
-        flips = [(i, f.model_copy(update={"metric": ""})) for i, f in flips]
+        flips = [(i, f.model_copy(update={"metric": "", "before": [], "after": []})) for i, f in flips]
         return [task.metrics[metric].answers, [part.scores.get(metric) for part in parts], flips]
 
     metrics: dict[str, Metric] = {}

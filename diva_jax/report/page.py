@@ -85,9 +85,8 @@ def about(inputs: Inputs) -> list[Part]:
     lists: list[tuple[str, dict[str, Any]]] = []
     stored = [(f"Training config, {run.name}", run.config) for run in inputs.runs]
     if r := inputs.results:
-        steps = {w.label: "" if w.step is None else f", step {w.step}" for w in r.weights}
         lists.append(("Versions", {**r.versions, "devices": r.devices}))
-        lists.append(("Weights", {w.label: f"{w.source}{steps[w.label]}" for w in r.weights}))
+        lists.append(("Weights", {w.label: "; ".join(p.place for p in w.members or [w]) for w in r.weights}))
         lists.append(("Data", {name: task.data for name, task in r.tasks.items() if task.data}))
         lists.append(("Evaluation options", flatten(r.options or {})))
         stored.insert(0, ("Evaluation config", r.config or {}))

@@ -113,6 +113,8 @@ def verdict(difference: Difference, better: str) -> str:
     """Returns the conclusion from a paired difference, as one sentence; `better` as for `direction`."""
     if difference.all_agree:
         return "All items differ by the same, so there is no interval."
+    if difference.runs and not difference.runs_interval:
+        return "All runs differ by the same, so there is no interval over runs, and chance cannot be excluded."
     kind = direction(difference, better)
     if not kind:
         return "This difference has no interval, so chance cannot be excluded."

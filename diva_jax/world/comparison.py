@@ -10,9 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from scipy.stats import t as student
 
-from diva_jax.evals import stats
+from diva_jax.evals import seeds, stats
 from diva_jax.evals.results import words
 from diva_jax.world import arms
 from diva_jax.world.endpoints import CALIBRATED, DRIFT, ENDPOINTS, NAMES, SEEN
@@ -22,7 +21,7 @@ _RESAMPLES = 2000
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """A difference in percentage points; `seeds` is None with fewer than two seeds."""
+    """A difference in percentage points; `seeds` is None where fewer than two seeds differ."""
 
     value: float
     items: tuple[float, float]
@@ -74,9 +73,8 @@ def difference(before: Sequence[Mapping], after: Sequence[Mapping], endpoint: st
         first = np.repeat(first, len(second), axis=0)
     if (n := min(len(first), len(second))) > 1:
         each = [100 * stats.mean(b - a, strata) for a, b in zip(first[:n], second[:n], strict=True)]
-        half = student.ppf(0.975, n - 1) * np.std(each, ddof=1) / n**0.5
-        interval = (float(np.mean(each) - half), float(np.mean(each) + half))
-    return Difference(paired["difference"], tuple(paired["interval"]), interval)
+        interval = seeds.student(each)
+    return Difference(paired["difference"], tuple(paired["interval"]), interval and tuple(interval))
 
 
 def compare(rows: Sequence[Mapping], early: bool = False) -> dict[str, Compared]:

@@ -78,7 +78,7 @@ def demo(out: Path, overrides: list[str], pairs: int) -> None:
     the folder was made with others; a RunError where a command failed."""
     given, file = {"override": overrides, "pairs": pairs}, out / "flags.json"
     if (there := json_files.read(file, dict, "remove it", given)) != given:
-        raise UserError(f"--out={out} was made with other flags ({there}): give the same ones, or another folder")
+        raise UserError(f"--out={out} was made with other flags ({there}): give the same ones, or remove the folder")
     paths.write_whole(file, json.dumps(given))
     for done, command in commands(out, overrides, pairs):
         if not done.exists():

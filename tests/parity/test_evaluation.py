@@ -1,5 +1,6 @@
 """Scores, probes and class lists against CLIP_benchmark, scikit-learn and timm; evaluations of checkpoints of runs."""
 
+import collections
 import csv
 import json
 import shutil
@@ -88,8 +89,7 @@ def theirs(exported, root, task):
     data = build_dataset("wds/small", root=str(root), transform=transform, split="test", task=task)
     loader = torch.utils.data.DataLoader(data.batched(64), batch_size=None, num_workers=0)
     if task == "zeroshot_retrieval":
-        ks = [1, 5, 10]
-        return zeroshot_retrieval.evaluate(model.eval(), loader, tokenizer, "cpu", amp=False, recall_k_list=ks)
+        return zeroshot_retrieval.evaluate(model.eval(), loader, tokenizer, "cpu", amp=False, recall_k_list=[1, 5, 10])
     loader.dataset.classes = data.classes
     words = (tokenizer, data.classes, data.templates)
     return zeroshot_classification.evaluate(model.eval(), loader, *words, "cpu", amp=False)
@@ -100,8 +100,7 @@ def ours(exported, root, task, batch_size=50):
     config.eval.update(bootstrap=500, batch_size=batch_size)
     mesh = partition.make_mesh(config.mesh)
     runner = evaluator.Evaluator(config, mesh, {task: str(root)})
-    loaded = encode.read(str(exported), None, config, mesh)
-    return runner.evaluate(runner.model("exported", loaded))[task]
+    return runner.evaluate(runner.model("exported", encode.read(str(exported), None, config, mesh)))[task]
 
 
 @pytest.mark.parametrize("task", ["zeroshot_classification", "zeroshot_retrieval"])
@@ -239,13 +238,18 @@ def test_runs_of_other_seeds_and_several_checkpoints(tmp_path, data, exported, w
     (said,) = [s for s in found["summary"] if (s["before"], s["after"]) == (exported.name, "tuned")]
     assert "over 3 runs [" in said["detail"]
     with open(tmp_path / "out" / "predictions.csv") as f:
-        assert {"s1:5", "s2:5", "s3:5", "tuned:2"} < {row["weights"] for row in csv.DictReader(f)}
+        rows = [(row["task"], row["weights"], row["metric"], row["item"]) for row in csv.DictReader(f)]
+    for metric in ("cosine", "knn_overlap"):  # Of every run, with the reference alone.
+        items = collections.Counter(row[1] for row in set(rows) if row[0] == "drift" and row[2] == metric)
+        assert items.keys() == {"s1:5", "s2:5", "s3:5", "tuned:2", "tuned:5"} and len({*items.values()}) == 1
+        assert items.total() == len([row for row in rows if row[0] == "drift" and row[2] == metric])
     read = inputs.read(tmp_path / "out")
+    assert f"{others[0]}, step 5; {others[1]}, step 5" in page.html(read, page.sections(read))
     assert any("Several checkpoints" in str(alarm.what) for alarm in evaluation.alarms(read))
     assert page.sections(read)[0].title == "MMVP-VLM"
     wrong = [f"--weights={exported}", f"--weights=tuned={workdir}:2,{others[0]}", f"--out={tmp_path / 'wrong'}"]
     wrong += [a for a in args if not a.startswith("--weights")]
-    assert "are not at one step: name it, WORKDIR:STEP" in commands.refused("evaluate", *wrong)
+    assert "are not runs at one step: give WORKDIR:STEP" in commands.refused("evaluate", *wrong)
 
 
 def test_the_tokenizer_may_come_from_elsewhere(tmp_path, config, data, exported):

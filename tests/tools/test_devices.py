@@ -164,8 +164,7 @@ def test_kernels_at_the_bound_of_their_shape(chip, wide):
     found, channels = hlo.analyse(text, chip), -(-320 // wide) * wide
     product = 3 * 2 * 2 * 4096
     assert found["kernel_flops"] == product * 3 * 320 * 1280
-    bound = product * (channels * 1280 + 2 * 320 * 1280)
-    assert found["kernel_bound_ms"] == pytest.approx(1e3 * bound / chip.flops)
+    assert found["kernel_bound_ms"] == pytest.approx(1e3 * product * (channels * 1280 + 2 * 320 * 1280) / chip.flops)
 
 
 def test_collectives_inside_of_fusions():

@@ -146,8 +146,7 @@ def test_curves():
 def test_charts_are_the_same_each_time_and_hold_any_text():
     """Nothing in a label is markup, mathematics, or a character that SVG does not have."""
     name = '$\\frac{1}$ <script>alert("1")</script> \x00\ud800 & 猫'
-    rows = [charts.Row(name, [(name, 0, 25.0, None, name)])]
-    drawn = chart(charts.bars, name, name, data=rows, unit="%", high=60.0)
+    drawn = chart(charts.bars, name, name, data=[charts.Row(name, [(name, 0, 25.0, None, name)])], unit="%", high=60.0)
     assert drawn.svg(918) == drawn.svg(918) and drawn.png() == drawn.png()
     page = Page(str(drawn.svg(918)))
     assert page.texts.count('$\\frac{1}$ <script>alert("1")</script> \\x00\\ud800 & 猫') == 1

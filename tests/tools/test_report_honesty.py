@@ -10,7 +10,7 @@ from diva_jax.report import evaluation, inputs, page
 
 
 def read(folder, **tasks):
-    samples.write_evaluation(folder, [], **tasks)
+    samples.write_evaluation(folder, [], folder, **tasks)
     return inputs.read(folder)
 
 
@@ -65,8 +65,11 @@ def test_the_headline_is_the_verdict(tmp_path):
     assert "a gain in pairs alone is not a result" in html(alone)
 
 
-def test_noise_and_differences_that_are_none(tmp_path):
+@pytest.mark.parametrize("over", ["interval", "runs_interval"])
+def test_noise_and_differences_that_are_none(tmp_path, over):
     feedback = samples.task("feedback")
+    for score in [s for w in feedback["weights"].values() for s in w["scores"].values() if over not in s]:
+        score[over] = score.pop("interval")  # Of a group of runs.
     # The tuned weights are the noise now.
     feedback["weights"] = dict(reversed(feedback["weights"].items()))
     mmvp = samples.mmvp_task([])
@@ -132,8 +135,7 @@ def test_a_lower_loss_is_better_and_no_interval_still_a_difference(tmp_path):
     source = html(read(tmp_path, feedback=task))
     assert 'class="lead down won"' in source and "Better: zero is outside of the interval." in source
     task = samples.drift_task()
-    scores = task["comparisons"][0]["scores"]
-    scores["effective_rank"] = {"difference": -33.2, "interval": None, "mcnemar": None}
+    task["comparisons"][0]["scores"]["effective_rank"] = {"difference": -33.2, "interval": None, "mcnemar": None}
     source = html(read(tmp_path, drift=task)).replace("\u00a0", " ")
     assert "<span>Drift, effective rank:</span> 231 → 198 <small>(−33)</small>" in source
     assert "This difference has no interval, so chance cannot be excluded." in source
@@ -147,7 +149,9 @@ def test_readouts_that_are_the_same_are_one(tmp_path):
     for part in parts + [p for weights in task["weights"].values() for p in weights["patterns"]]:
         part["scores"]["published"] = part["scores"]["pooled"]
     task["comparisons"][0]["flipped"] = [
-        f | {"metric": m} for m in ("pooled", "published") for f in samples.flips(images)
+        f | {"metric": m, "after": [p + 1e-6 * i for p in f["after"]]}  # In another precision.
+        for i, m in enumerate(("pooled", "published"))
+        for f in samples.flips(images)
     ]
     source = html(read(tmp_path / "out", mmvp=task))
     assert source.count("MMVP-VLM: pairs that flipped</h2>") == 1

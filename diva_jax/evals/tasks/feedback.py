@@ -85,8 +85,7 @@ class Feedback(Task):
         self.options, self.settings, self.data = FeedbackOptions(**section), settings, resolved(path)
         self._source = source
         # Not the first ones: data sets are often sorted by class.
-        order = np.random.default_rng(settings.seed).permutation(len(source))
-        self._records = np.sort(order[: self.options.images])
+        self._records = np.sort(np.random.default_rng(settings.seed).permutation(len(source))[: self.options.images])
         self.count = len(self._records)
         self.names = [source.name(int(i)) for i in self._records]
         self.partners = partners(self.count, settings.seed)

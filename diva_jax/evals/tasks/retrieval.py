@@ -22,8 +22,7 @@ def ranks(queries: np.ndarray, answers: np.ndarray, right: np.ndarray) -> np.nda
         scores = np.where(np.isfinite(scores), scores, np.where(mine, -np.inf, np.inf))
         best = np.where(mine, scores, -np.inf).max(axis=1, keepdims=True)
         equal = scores == best
-        first = (equal & mine).argmax(axis=1)
-        ahead = equal & (np.arange(len(answers)) < first[:, None])
+        ahead = equal & (np.arange(len(answers)) < (equal & mine).argmax(axis=1)[:, None])
         rank = (scores > best).sum(axis=1) + ahead.sum(axis=1)
         out.append(np.where(best[:, 0] == -np.inf, len(answers), rank))
     return np.concatenate(out)

@@ -170,16 +170,14 @@ def classify(cosines: np.ndarray, owner: np.ndarray, scale: float, background: f
     x = scale * cosines
     p = np.exp(x - x.max(axis=-1, keepdims=True))
     p /= p.sum(axis=-1, keepdims=True)
-    first = np.searchsorted(owner, np.arange(owner.max() + 1))
-    by_class = np.maximum.reduceat(p, first, axis=-1)
+    by_class = np.maximum.reduceat(p, np.searchsorted(owner, np.arange(owner.max() + 1)), axis=-1)
     return np.where(by_class.max(axis=-1) < background, 0, by_class.argmax(axis=-1))
 
 
 def _encoded(labels: np.ndarray) -> str:
     """A map of classes as a small PNG in base64; 255 where it is ignored."""
     image = Image.fromarray(np.where(labels < 0, 255, labels).astype(np.uint8))
-    ratio = min(1.0, _MAP_SIDE / max(image.size))
-    size = [max(1, round(ratio * x)) for x in image.size]
+    size = [max(1, round(min(1.0, _MAP_SIDE / max(image.size)) * x)) for x in image.size]
     image.resize(size, Image.Resampling.NEAREST).save(buffer := io.BytesIO(), "PNG", optimize=True)
     return base64.b64encode(buffer.getvalue()).decode()
 

@@ -118,8 +118,7 @@ class PromptedTask(ClassificationTask):
 
         def logits(data: Classified) -> np.ndarray:
             classes = classifier(model, data.prompts)
-            images = encode.unit(model.images(data.images.read, len(data.images))["pooled"])
-            return LOGIT_SCALE * images @ classes.T
+            return LOGIT_SCALE * encode.unit(model.images(data.images.read, len(data.images))["pooled"]) @ classes.T
 
         return *self.classify((prefix, logits(data)) for prefix, data in self.classified.items()), {}
 

@@ -98,8 +98,7 @@ def test_scores_by_hand(tmp_path, name):
         assert [r["correct"] for r in found.rows] == list(first_wins(items))
     if name.startswith("vg_rel"):
         assert model.sizes[0] == [(21, image.box[3] - 3) for image in task.images]
-        cropped = np.asarray(patch(0))[3 : task.images[0].box[3], 2:23]
-        np.testing.assert_allclose(task._read(0), cropped, atol=60)
+        np.testing.assert_allclose(task._read(0), np.asarray(patch(0))[3 : task.images[0].box[3], 2:23], atol=60)
 
 
 def test_several_sets_with_images_elsewhere(tmp_path):

@@ -161,6 +161,5 @@ def test_rows_are_padded_and_many_neighbours_do_not_overflow(monkeypatch):
     whole = probe.fit(x, y, 3, 0.01, 500)
     monkeypatch.setattr(probe, "_ROWS", 8)
     np.testing.assert_allclose(probe.fit(x, y, 3, 0.01, 500)[0], whole[0], atol=2e-3)
-    x = np.eye(3).repeat(2, axis=0)
-    votes = probe.neighbours(np.eye(3), x, np.array([0, 0, 1, 1, 2, 2]), 3, 2, 1e-3)
+    votes = probe.neighbours(np.eye(3), np.eye(3).repeat(2, axis=0), np.array([0, 0, 1, 1, 2, 2]), 3, 2, 1e-3)
     np.testing.assert_array_equal(votes.argmax(axis=1), [0, 1, 2])

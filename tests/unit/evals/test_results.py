@@ -104,13 +104,12 @@ def test_the_verdict_is_that_of_the_intervals_and_what_was_not_measured_is_said(
         low, high = ENDS[matches]
         figures = f"matches {(low + high) / 2:+.1f} [{low:+.1f}, {high:+.1f}] (MMVP-VLM, pooled embedding)"
         assert figures in found["detail"]
-        missing = [title for name, (title, _) in results.COSTS.items() if name not in given]
-        assert found["not_measured"] == missing
+        assert found["not_measured"] == [title for name, (title, _) in results.COSTS.items() if name not in given]
         assert ("a gain in pairs alone is not a result" in found["detail"]) == ("zeroshot" not in given)
         assert [figure in found["detail"] for figure in FIGURES] == [name in given for name in OTHERS]
 
 
-SIGNS = [(None, 0), ([0, 0], 0), ([0, 2], 0), ([-2, 0], 0), ([1, 1], 1), ([-3, -1], -1), ([2, 5], 1)]
+SIGNS = [(None, 0), ([0, 0], 0), ([0, 2], 0), ([-2, 0], 0), ([1, 1], 0), ([-3, -1], -1), ([2, 5], 1)]
 
 
 @pytest.mark.parametrize("items, over_items", SIGNS)
@@ -118,6 +117,7 @@ SIGNS = [(None, 0), ([0, 0], 0), ([0, 2], 0), ([-2, 0], 0), ([1, 1], 1), ([-3, -
 def test_a_claim_needs_the_interval_over_items_and_the_one_over_runs(items, over_items, runs, over_runs):
     found = results_schema.Difference(difference=1.0, interval=items, runs_interval=runs).sign
     assert found == (over_items if runs is None or over_items == over_runs else 0)
+    assert results_schema.Difference(difference=1.0, interval=items, runs=[1.0, 1.0]).sign == 0
 
 
 @pytest.mark.parametrize("control", ENDS)
@@ -274,8 +274,7 @@ def test_published_readouts(tag):
     p, d, rows, seeds = 30, 7, [5, 11], 4
     features = Features(tokens=rng.standard_normal((2, p, d)) * 3, pooled=rng.standard_normal((2, d)) * 2)
     of_rows = [encode.patch_weights(parsed, p, row, seeds, seed=9) for row in rows]
-    weights = None if parsed.patches is None else np.stack(of_rows)
-    got = np.asarray(encode.read_out(parsed, features, weights))
+    got = np.asarray(encode.read_out(parsed, features, None if parsed.patches is None else np.stack(of_rows)))
     assert got.shape == (2, seeds if tag in counts else 1, d)
     for b, row in enumerate(rows):
         for k in range(got.shape[1]):

@@ -99,8 +99,7 @@ def test_layouts_and_miou(tmp_path, name):
         total, seen = np.zeros((h, w, len(texts))), np.zeros((h, w, 1))
         for n, (owner, y, x) in enumerate(task.windows):
             if owner == i:
-                table = (unit(model.tokens[n]) @ texts.T).reshape(3, 3, -1)
-                total[y : y + 42, x : x + 42] += bilinear(table, 42, 42)
+                total[y : y + 42, x : x + 42] += bilinear((unit(model.tokens[n]) @ texts.T).reshape(3, 3, -1), 42, 42)
                 seen[y : y + 42, x : x + 42] += 1
         assert seen.min() >= 1
         raw = np.asarray(Image.open(label_path)).astype(int)
