@@ -5,7 +5,7 @@ r"""DCR on MetaCLIP ViT-H/14 at 224 px.
 
 CC3M, 256 images per step in groups of 16: 100,000 steps of the projector, then 100,000 of the tower's adapters; Stable
 Diffusion 2.1-base.
-Cost: not published; 6.4 TFLOP per image in stage 2, counted.
+Cost: not published; 6.2 TFLOP per image in stage 2, counted.
 MMVP-VLM, published: 25.2 -> 37.8.
 """
 

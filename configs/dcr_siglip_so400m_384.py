@@ -8,7 +8,7 @@ Diffusion 2.1-base.
 
 The tower has tanh's approximation of GELU, as it was trained and as transformers runs it; open_clip runs the exact
 GELU. Weights are therefore taken from, and exported to, transformers' folders (--format=hf).
-Cost: not published; 18.2 TFLOP per image in stage 2, counted.
+Cost: not published; 17.2 TFLOP per image in stage 2, counted.
 MMVP-VLM, published: 37.0 -> 42.2.
 """
 

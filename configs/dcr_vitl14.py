@@ -5,7 +5,7 @@ r"""DCR on OpenAI CLIP ViT-L/14 at 224 px.
 
 CC3M, 256 images per step in groups of 16: 100,000 steps of the projector, then 4,600 of the tower's adapters; Stable
 Diffusion 2.1-base.
-Cost: not published; 5.7 TFLOP per image in stage 2, counted.
+Cost: not published; 5.4 TFLOP per image in stage 2, counted.
 MMVP-VLM, published: 19.2 -> 33.3.
 """
 

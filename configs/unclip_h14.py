@@ -5,7 +5,7 @@ r"""un²CLIP on OpenCLIP ViT-H/14 (LAION-2B) at 224 px, through Stable unCLIP H.
 
 About one epoch of CC3M in steps of 32 images, AdamW at 3e-7. What is not known of the published recipe: see
 configs/unclip_vitl14.py.
-Cost: not published. 8.5 TFLOP per image, 25 EFLOP in all.
+Cost: not published. 8.3 TFLOP per image, 25 EFLOP in all.
 MMVP-VLM, published: not quoted, as no source of it was at hand.
 """
 

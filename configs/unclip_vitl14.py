@@ -5,7 +5,7 @@ r"""un²CLIP on OpenAI CLIP ViT-L/14 at 224 px, through Stable unCLIP L.
 
 About one epoch of CC3M in steps of 32 images, AdamW at 3e-7. Not known of the published recipe: betas, weight decay,
 warm-up, schedule, clip, precision, augmentation, and the options of config.unclip; see docs/OBJECTIVES.md.
-Cost: not published. 8.0 TFLOP per image, 24 EFLOP in all.
+Cost: not published. 7.8 TFLOP per image, 23 EFLOP in all.
 MMVP-VLM, published: 19.3 -> 32.6 (as quoted by DCR).
 """
 

@@ -5,7 +5,7 @@ r"""un²CLIP on OpenAI CLIP ViT-L/14 at 336 px, through Stable unCLIP L.
 
 The generator was trained with the embeddings of the encoder at 224 px. About one epoch of CC3M in steps of 32 images,
 AdamW at 3e-7. What is not known of the published recipe: see configs/unclip_vitl14.py.
-Cost: not published. 8.7 TFLOP per image, 26 EFLOP in all.
+Cost: not published. 8.5 TFLOP per image, 25 EFLOP in all.
 MMVP-VLM, published: not quoted, as no source of it was at hand.
 """
 

@@ -134,7 +134,7 @@ def write_new_clip(folder: Path, seed: int = 0) -> None:
 
 
 def basis(seed: int = 0) -> tuple[np.ndarray, float]:
-    """(patterns of the patch code [48, 12], the scaling factor that gives the latents a variance of one)."""
+    """(patterns of the patch code [192, 64], the scaling factor that gives the latents a variance of one)."""
     images = drawing.draw(scenes.sample(np.random.default_rng(seed), _BASIS_SCENES)).astype(np.float32)
     images = images / 127.5 - 1
     patterns = patch_code.principal(images, _PATCH, _CHANNELS)
