@@ -94,8 +94,7 @@ class Update(nnx.Module):
         """[B, ..., n_in] -> [parts, B, ..., n_in]: each part has a mask of its own."""
         keep, shape = 1 - self.drop, (len(self.parts), *x.shape[1:])
         draw = lambda key: jax.random.bernoulli(jax.random.fold_in(key, self.index), keep, shape)  # noqa: E731
-        mask = jnp.moveaxis(jax.vmap(draw)(keys), 1, 0)
-        return jnp.where(mask, x / jnp.asarray(keep, x.dtype), 0)
+        return jnp.where(jnp.moveaxis(jax.vmap(draw)(keys), 1, 0), x / jnp.asarray(keep, x.dtype), 0)
 
     def __call__(self, x: Array) -> Array:
         """(alpha / rank) B A drop(x), [..., n_in] -> [..., n_out]."""

@@ -72,8 +72,7 @@ def flash(q: Array, k: Array, v: Array, *, interpret: bool = False) -> Array:
     padded = [_sequence_minor(x) for x in (q, k, v)]
     blocks = tuple(block(x.shape[2], width) for x in padded[:2])
     keys = m if padded[1].shape[2] != m else None
-    out = kernels.attend(*padded, heads, keys, blocks, interpret)
-    return out[:, :, :n].swapaxes(1, 2).reshape(q.shape)
+    return kernels.attend(*padded, heads, keys, blocks, interpret)[:, :, :n].swapaxes(1, 2).reshape(q.shape)
 
 
 def splash(q: Array, k: Array, v: Array, *, interpret: bool = False) -> Array:
@@ -94,8 +93,7 @@ def splash(q: Array, k: Array, v: Array, *, interpret: bool = False) -> Array:
     )
     # Queries attend to the keys of their own segment, which padded keys are not in.
     ids = kernel.SegmentIds(q=jnp.zeros(queries, jnp.int32), kv=(jnp.arange(keys) >= m).astype(jnp.int32))
-    out = jax.vmap(lambda *one: attend(*one, segment_ids=None if keys == m else ids))(*padded)
-    return out[:, :, :n].swapaxes(1, 2)
+    return jax.vmap(lambda *one: attend(*one, segment_ids=None if keys == m else ids))(*padded)[:, :, :n].swapaxes(1, 2)
 
 
 def _scores(q: Array, k: Array) -> Array:
@@ -108,8 +106,7 @@ def _forward(q: Array, k: Array, v: Array):
     largest = jnp.max(scores, axis=-1, keepdims=True)
     weights = jnp.exp(scores - largest)
     total = jnp.sum(weights, axis=-1, keepdims=True)
-    out = jnp.einsum("bhnm,bmhd->bnhd", weights, v) / total.swapaxes(1, 2)
-    return out, (q, k, v, largest, total)
+    return jnp.einsum("bhnm,bmhd->bnhd", weights, v) / total.swapaxes(1, 2), (q, k, v, largest, total)
 
 
 def _backward(kept, g: Array):
@@ -119,8 +116,7 @@ def _backward(kept, g: Array):
     to_weights = jnp.einsum("bnhd,bmhd->bhnm", g, v)
     # The mean for each query. Where it is summed as the weights are, the gradient to a bias of the keys is zero up to
     # rounding, as it should be; the sum of output times gradient is the same with more rounding.
-    mean = jnp.sum(weights * to_weights, axis=-1, keepdims=True)
-    to_scores = weights * (to_weights - mean)
+    to_scores = weights * (to_weights - jnp.sum(weights * to_weights, axis=-1, keepdims=True))
     scale = q.shape[-1] ** -0.5
     return (
         jnp.einsum("bhnm,bmhd->bnhd", to_scores, k) * scale,

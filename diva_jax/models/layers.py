@@ -120,8 +120,7 @@ _FITTED = 5.5
 def normal_cdf(x: Array) -> Array:
     """Distribution function of the standard normal distribution; the error of x times it is at most 4e-6."""
     square = jnp.minimum(x * x, _FITTED**2)
-    polynomial = functools.reduce(lambda p, c: p * square + c, _NORMAL[::-1])
-    return 0.5 + 0.5 * jnp.tanh(x * polynomial)
+    return 0.5 + 0.5 * jnp.tanh(x * functools.reduce(lambda p, c: p * square + c, _NORMAL[::-1]))
 
 
 def gelu(x: Array) -> Array:

@@ -181,8 +181,7 @@ class Objective(StableDiffusionObjective):
 
     def denoise(self, latents: Array, draw: DivaDraws, context: Array) -> tuple[Array, Array]:
         """(what the U-Net predicts from a draw's noisy latents, what it should), [B, h, w, c], float32 or wider."""
-        noisy = self.noisy(latents, draw.noise, draw.timesteps)
-        pred = self.run_unet(noisy, draw.timesteps, context)
+        pred = self.run_unet(self.noisy(latents, draw.noise, draw.timesteps), draw.timesteps, context)
         return widened(pred), self.target(latents, draw.noise, draw.timesteps)
 
     def forward(self, pixels: Array, drawn: DivaDraws, moments: Array | None = None) -> tuple[Array, dict]:

@@ -120,8 +120,7 @@ def posterior(errors: Array, present: Array, beta: float) -> tuple[Array, Array]
     `present` is bool [B, K + 1]: without a neutral text the weight is 1, with fewer than two texts it is 0."""
     kept = jnp.where(present, -beta * errors, -jnp.inf)
     texts, neutral = kept[:, :-1], kept[:, -1]
-    best = jnp.max(texts, axis=1)
-    weight = jnp.where(jnp.sum(present[:, :-1], axis=1) > 1, jax.nn.sigmoid(best - neutral), 0)
+    weight = jnp.where(jnp.sum(present[:, :-1], axis=1) > 1, jax.nn.sigmoid(jnp.max(texts, axis=1) - neutral), 0)
     return jax.nn.softmax(jnp.where(jnp.any(present[:, :-1], axis=1, keepdims=True), texts, 0), axis=1), weight
 
 

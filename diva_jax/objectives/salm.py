@@ -125,8 +125,7 @@ class Adapter(nnx.Module):
             x = jnp.where(masked, mask, x)
         elif self.fc_seen is not None:
             x = x + jnp.where(masked, mask, self.fc_seen(seen.astype(x.dtype)))
-        x = run(self.blocks, x + self.pos_embed[...].astype(x.dtype), remat=self.remat)
-        return self.fc_out(self.norm(x))
+        return self.fc_out(self.norm(run(self.blocks, x + self.pos_embed[...].astype(x.dtype), remat=self.remat)))
 
 
 def structure(tokens: Array, taught: Array) -> tuple[Array, Array]:
@@ -217,8 +216,7 @@ class Objective(contract.Objective):
         found = {"preserve": jnp.mean(jnp.square(f - f0)), "uniformity": uniformity(f[:, 0])}
         if taught is not None:
             tokens, taught = f[:, 1:], widened(taught)
-            predicted = widened(self.adapter(ours.tokens, masked, taught))
-            missed = jnp.mean(jnp.square(predicted - taught), axis=-1)
+            missed = jnp.mean(jnp.square(widened(self.adapter(ours.tokens, masked, taught)) - taught), axis=-1)
             found["reconstruction"] = jnp.sum(missed * masked) / jnp.maximum(jnp.sum(masked), 1)
         else:
             with jax.named_scope("vision"):

@@ -72,8 +72,7 @@ class MaskNet(nnx.Module):
         width, eps = text.width, text.norm_eps
         self.dtype, self.remat, self.heads = dtype, remat, text.heads
         self.norm_in = make.layer_norm(width, eps)
-        block = Block(make, width, text.heads, text.mlp_dim, text.activation or spec.activation, eps)
-        self.blocks = nnx.List([block])
+        self.blocks = nnx.List([Block(make, width, text.heads, text.mlp_dim, text.activation or spec.activation, eps)])
         self.norm = make.layer_norm(width, eps)
         self.query = make.param(nnx.initializers.normal(width**-0.5), width)
         # A bias of the keys would add the same to every score of the query.
@@ -83,8 +82,7 @@ class MaskNet(nnx.Module):
     def __call__(self, states: Array) -> Array:
         x = self.norm(run(self.blocks, self.norm_in(states), remat=self.remat))
         query = jnp.broadcast_to(self.query[...].astype(self.dtype), (len(x), 1, x.shape[-1]))
-        split = [heads(a, self.heads) for a in (query, self.keys(x), self.values(x))]
-        return self.proj(attention(*split)[:, 0])
+        return self.proj(attention(*[heads(a, self.heads) for a in (query, self.keys(x), self.values(x))])[:, 0])
 
 
 def binary(logits: Array) -> Array:

@@ -201,8 +201,7 @@ class Objective(StableDiffusionObjective):
         labels = self.class_labels(embed, drawn)
         pred = self.denoise(latents, drawn, labels)
         errors = self.errors(pred, latents, drawn)
-        seen = dict(latents=latents, embed=embed, class_labels=labels, pred=pred, errors=errors)
-        return jnp.mean(errors), seen
+        return jnp.mean(errors), dict(latents=latents, embed=embed, class_labels=labels, pred=pred, errors=errors)
 
     def condition_losses(self, batch: dict, keys: Array, edges: np.ndarray) -> dict[str, Array]:
         """As `diva.Objective.condition_losses`, under the image's own embedding, another image's, and the text alone.

@@ -106,8 +106,7 @@ def checked_file(kind: str, workdir: epath.Path | None = None) -> epath.Path:
     """The file with the results of a kind of device, `device.device_kind`; other versions or kernels have another."""
     packages = [p for p in ("jax", "jaxlib", "libtpu") if importlib.util.find_spec(p)]
     versions = [__version__, *map(importlib.metadata.version, packages)]
-    code = [file.read_bytes() for file in _SOURCES]
-    crc = zlib.crc32(b"".join([json.dumps([kind, *versions]).encode(), *code]))
+    crc = zlib.crc32(b"".join([json.dumps([kind, *versions]).encode(), *[file.read_bytes() for file in _SOURCES]]))
     return kept(workdir) / f"selfcheck-{re.sub(r'[^A-Za-z0-9]+', '-', kind)}-{crc:08x}.json"
 
 
@@ -210,8 +209,7 @@ def load_executable(folder: epath.Path, index: int, lowered: jax.stages.Lowered,
         given, devices = jax.tree.structure(lowered.args_info), list(program.mesh.devices.flat)
         # Of pickle, of the runtime, of another version of jax.
         with explained(f"{file}.bin cannot be loaded", "write it again with python -m diva_jax.aot --save", Exception):
-            client = devices[0].client
-            found = serialize_executable.deserialize_and_load(data, given, lowered.out_tree, client, devices)
+            found = serialize_executable.deserialize_and_load(data, given, lowered.out_tree, devices[0].client, devices)
     except UserError as e:
         why = str(e)
     if distributed.any_failed(found is None):

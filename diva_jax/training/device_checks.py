@@ -242,7 +242,11 @@ class Step:
         if problem is not None and not isinstance(problem, Late):
             raise problem
         if not_compiled:
-            return UNKNOWN, "still compiling when the time was over; training compiles it once and keeps it", 0.0
+            return (
+                UNKNOWN,
+                "not compiled on all processes when time was over; training compiles it once and keeps it",
+                0.0,
+            )
         arrays = made_up(p.arrays)
         state, frozen = p.init_state(arrays), {n: arrays[n] for n in p.abstract_frozen()}
         batch, times = made_up(p.abstract_batch()), []

@@ -122,8 +122,7 @@ def session(join_timeout: float = 300, lost_timeout: float = 100):
         yield
     except BaseException as e:
         if shared:
-            code = 2 if isinstance(e, UserError) else 1
-            timer = threading.Timer(_GRACE_S, os._exit, (code,))
+            timer = threading.Timer(_GRACE_S, os._exit, (2 if isinstance(e, UserError) else 1,))
             timer.daemon = True
             timer.start()
         raise

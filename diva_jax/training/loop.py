@@ -140,8 +140,7 @@ class Run:
         wanted = set(program.abstract_frozen() if resumes else program.arrays)
         arrays, origins = workdirs.initial_arrays(program, wanted - set(taken))
         if taken:
-            mine = {n: program.arrays[n] for n in taken}
-            arrays |= checkpoint.restore_arrays(parent.workdir, parent.step, mine)[0]
+            arrays |= checkpoint.restore_arrays(parent.workdir, parent.step, {n: program.arrays[n] for n in taken})[0]
         if resumes:
             workdirs.check_sources(restored.meta["sources"], origins)
             self.batches.set_state(restored.data)

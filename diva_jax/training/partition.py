@@ -37,8 +37,7 @@ def make_mesh(config, devices=None) -> Mesh:
     if data * fsdp != n:
         raise UserError(f"config.mesh: data={config.data} x fsdp={fsdp}, but this run has {n} devices: use data=-1")
     # Unlike `jax.make_mesh`, this also has an order for an axis that is a part of a physical one, as fsdp=2 on v6e:4x4.
-    ordered = mesh_utils.create_device_mesh((data, fsdp), devices, allow_split_physical_axes=True)
-    return Mesh(ordered, ("data", "fsdp"))
+    return Mesh(mesh_utils.create_device_mesh((data, fsdp), devices, allow_split_physical_axes=True), ("data", "fsdp"))
 
 
 def parameter_spec(shape: tuple[int, ...], fsdp: int, min_shard: int) -> P:
@@ -52,8 +51,7 @@ def parameter_spec(shape: tuple[int, ...], fsdp: int, min_shard: int) -> P:
 
 def parameter_shardings(arrays: Mapping, mesh: Mesh, min_shard: int) -> dict[str, NamedSharding]:
     """Returns name -> sharding for arrays, or anything else with a shape."""
-    fsdp = mesh.shape["fsdp"]
-    return {n: NamedSharding(mesh, parameter_spec(a.shape, fsdp, min_shard)) for n, a in arrays.items()}
+    return {n: NamedSharding(mesh, parameter_spec(a.shape, mesh.shape["fsdp"], min_shard)) for n, a in arrays.items()}
 
 
 def name_of(path: tuple) -> str:
@@ -79,8 +77,7 @@ def disassemble(module: nnx.Module) -> tuple[Skeleton, dict[str, jax.Array]]:
     graph, state = nnx.split(module)
     flat = {name_of(path): (path, var) for path, var in nnx.to_flat_state(state)}
     arrays = {name: var.get_value() for name, (_, var) in flat.items()}
-    bare = {name: (path, var.replace(None)) for name, (path, var) in flat.items()}
-    return Skeleton(graph, bare), arrays
+    return Skeleton(graph, {name: (path, var.replace(None)) for name, (path, var) in flat.items()}), arrays
 
 
 def scales(table: Iterable[tuple[str, float]], names: Iterable[str]) -> dict[str, float]:

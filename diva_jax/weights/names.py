@@ -175,8 +175,7 @@ def stretch(table: np.ndarray, length: int, kept: int) -> np.ndarray:
     at = kept + np.arange(length - kept) * ((old - kept) / (length - kept))
     low = np.minimum(at.astype(int), old - 2)
     share = (at - low)[:, None]
-    rows = (1 - share) * table[low] + share * table[low + 1]
-    return np.concatenate([table[:kept], rows]).astype(np.float32)
+    return np.concatenate([table[:kept], (1 - share) * table[low] + share * table[low + 1]]).astype(np.float32)
 
 
 def to_context(tensors: Tensors, text: TextSpec) -> Tensors:

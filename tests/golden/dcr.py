@@ -96,8 +96,7 @@ def compute(z, sd) -> dict[str, np.ndarray]:
         rest |= {k: seen[k] for k in ("embedding", "context", "context_plus")}
         out |= {f"{stage}/{k}": v for k, v in rest.items()}
         ours = tower_tensors({n.removeprefix("vision/"): g for n, g in grads.items() if n.startswith("vision/")})
-        projector = gradients(skeleton, grads, "projector", PROJECTOR)
-        ours |= {f"project_clip.{n}": g for n, g in projector.items()}
+        ours |= {f"project_clip.{n}": g for n, g in gradients(skeleton, grads, "projector", PROJECTOR).items()}
         out[f"{stage}/grad"] = np.concatenate([ours[n].ravel() for n in take(z, f"{stage}/grad/")])
         if sum(given[n].size for n in active) != out[f"{stage}/grad"].size:
             raise ValueError(f"{stage} trains other parameters than the file has gradients of")

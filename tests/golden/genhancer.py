@@ -85,8 +85,7 @@ def made(arrays, c, encoder: Tensors | None) -> tuple[partition.Skeleton, dict[s
             out[name] = jnp.stack([arrays[f"lora/model.{n}".removesuffix(".weight")].T for n in hf_names(inner)])
         else:
             tensors, table = sources[part]
-            array = np.asarray(tensors[table.torch_name(tuple(inner))])
-            out[name] = jnp.asarray(names.from_torch_layout(path, array))
+            out[name] = jnp.asarray(names.from_torch_layout(path, np.asarray(tensors[table.torch_name(tuple(inner))])))
     return skeleton, out
 
 
@@ -157,8 +156,7 @@ def stage2(skeleton, module, pixels, grads) -> dict:
     for name, gradient in grads.items():
         part, *path = name.split("/")
         if part == "vision":
-            tensors = hf_tensors(path, gradient)
-            out |= {f"grad2/model.{n}".removesuffix(".weight"): t for n, t in tensors.items()}
+            out |= {f"grad2/model.{n}".removesuffix(".weight"): t for n, t in hf_tensors(path, gradient).items()}
     tower, width = adapters.merge(module.vision), module.spec.width
     out["f2/merged_embed"] = tower.encode(preprocess.normalise(pixels, module.spec.mean, module.spec.std)).pooled
     first = tower.blocks[0].attn.qkv

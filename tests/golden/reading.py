@@ -31,8 +31,7 @@ def tower_spec(tensors, arch: str, **fields) -> backbones.Spec:
 
 
 def from_hf(tensors, spec: backbones.Spec) -> dict[str, np.ndarray]:
-    recipes = backbones.architecture(spec.arch).TRANSFORMERS.recipes(spec)
-    found = [r for r in recipes if all(n in tensors for n in r.hf)]
+    found = [r for r in backbones.architecture(spec.arch).TRANSFORMERS.recipes(spec) if all(n in tensors for n in r.hf)]
     return {n: np.asarray(t) for r in found for n, t in names._convert(r, tensors, False).items()}
 
 

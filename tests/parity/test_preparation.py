@@ -43,8 +43,7 @@ def random_texts(count: int, seed: int) -> list[str]:
     ranges, shares = list(RANGES), list(RANGES.values())
     out = []
     for _ in range(count):
-        drawn = rng.choice(len(ranges), rng.integers(0, 120), p=shares)
-        letters = [chr(rng.integers(*ranges[k])) for k in drawn]
+        letters = [chr(rng.integers(*ranges[k])) for k in rng.choice(len(ranges), rng.integers(0, 120), p=shares)]
         for k in rng.integers(0, len(PIECES), rng.integers(0, 4)):
             letters.insert(rng.integers(len(letters) + 1), PIECES[k])
         out.append("".join(letters))

@@ -61,8 +61,7 @@ class TorchDiva:
             picked = torch.gather(tokens, 1, indices[:, :, None].expand(-1, -1, tokens.shape[-1]))
             features = torch.cat([pooled[:, None], picked], 1)
             noisy = self.generator.schedule.add_noise(latents, noise, t)
-            pred = self.generator.unet(noisy, t, self.visual_proj(features) + text).sample
-            out.append(F.mse_loss(pred, noise))
+            out.append(F.mse_loss(self.generator.unet(noisy, t, self.visual_proj(features) + text).sample, noise))
         return out
 
 
@@ -147,8 +146,7 @@ class TorchJudge:
                 u = normalize(self.model.encode_text(texts[b, shown]), dim=-1)
             logits = o.logit_scale * u @ images.T  # [texts, images]
             right = logits[:, b].log_softmax(0) + o.image_weight * logits.log_softmax(1)[:, b]
-            right = right[[shown.index(k) for k in there]]
-            total = total - weights[-1] * ((-errors).softmax(0) * right).sum() / len(x)
+            total = total - weights[-1] * ((-errors).softmax(0) * right[[shown.index(k) for k in there]]).sum() / len(x)
         return total, np.mean(weights)
 
 

@@ -80,8 +80,7 @@ V5E = 15.75 * GIB  # HBM that is available to a program on one chip.
 
 
 def per_chip(tree) -> int:
-    shapes = jax.tree.leaves(tree)
-    return sum(math.prod(a.sharding.shard_shape(a.shape)) * jnp.dtype(a.dtype).itemsize for a in shapes)
+    return sum(math.prod(a.sharding.shard_shape(a.shape)) * jnp.dtype(a.dtype).itemsize for a in jax.tree.leaves(tree))
 
 
 @pytest.mark.parametrize("name", sampled(GENHANCER, ("vitl14", "siglip_so400m_384")))

@@ -181,8 +181,7 @@ def test_where_all_are_damaged_nothing_is_begun_anew(workdir):
 
 def test_checkpoints_without_checksums_are_read_with_a_note(workdir, capsys):
     path = workdir / "checkpoints/9/meta/metadata"
-    meta = json.loads(path.read_text())
-    path.write_text(json.dumps({k: v for k, v in meta.items() if k in META}))
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k in META}))
     found = checkpoint.restore_newest(workdir, abstract)
     whole(found)
     assert found.step == 9 and "saved without checksums" in capsys.readouterr().out
@@ -229,8 +228,7 @@ def test_a_checkpoint(tmp_path, monkeypatch, limited, capfd):
     assert checkpoint.steps(tmp_path) == [3]
     assert [f.name for f in (tmp_path / "checkpoints").iterdir()] == ["3"]
     # What else is printed is dropped by the command, see `cli._on_unraisable`.
-    lines = [line for line in capfd.readouterr().err.splitlines() if "ERROR" in line or "Error writing" in line]
-    assert not lines
+    assert not [line for line in capfd.readouterr().err.splitlines() if "ERROR" in line or "Error writing" in line]
 
 
 def test_an_export(tmp_path, limited):

@@ -131,8 +131,7 @@ def test_the_form_of_options():
     assert compiler.parse("") == {}
     assert compiler.parse("a=1, b=false") == {"a": "1", "b": "false"}
     for bad in ("a", "a=", "=1", "a=1,", "a=1=2", "a=1,a=2", ","):
-        c = small.small_config(compiler_options=bad)
-        refused("config.compiler_options=.*NAME=VALUE", config.validate, c, 1)
+        refused("config.compiler_options=.*NAME=VALUE", config.validate, small.small_config(compiler_options=bad), 1)
 
 
 def test_the_step_is_jitted_with_them(monkeypatch):

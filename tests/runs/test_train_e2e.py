@@ -93,8 +93,7 @@ def test_interrupted_run_ends_bit_identical(files, uninterrupted, tmp_path, obje
     said = "compares the images of a micro-batch with each other: 8 at once, not the 16 of a step"
     assert (said in printed) == (objective == "comclip")
     saved = interrupted(config, workdir, step := rng.randint(first, TOTAL - 3), signal.SIGKILL)
-    out = commands.output(start(config, workdir))
-    assert (f"checkpoint of step {saved}" in out) == (saved is not None)
+    assert (f"checkpoint of step {saved}" in commands.output(start(config, workdir))) == (saved is not None)
     ours, want = final_state(config, workdir), final_state(config, whole)
     assert set(ours) == set(want) and any("adapter/" in n for n in ours) == (objective == "salm")
     for name, array in want.items():

@@ -64,8 +64,7 @@ class Dinov2(timm_vit.VisionTransformer):
 
     def _pos_embed(self, x):
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1) + self.pos_embed
-        registers = self.register_tokens.expand(len(x), -1, -1)
-        return torch.cat([x[:, :1], registers, x[:, 1:]], 1)
+        return torch.cat([x[:, :1], self.register_tokens.expand(len(x), -1, -1), x[:, 1:]], 1)
 
 
 def _dinov2(spec: Spec) -> torch.nn.Module:
@@ -101,8 +100,7 @@ def checkpoint(spec: Spec, tower: torch.nn.Module) -> dict[str, np.ndarray]:
 def torch_features(tower: torch.nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Images [B, 3, H, W] -> (tokens, pooled): pooled is the library's result, tokens are computed in the same way."""
     if isinstance(tower, VisionTransformer):
-        x = tower.transformer(tower._embeds(images))
-        return (tower.ln_post(x) @ tower.proj)[:, 1:], tower(images)
+        return (tower.ln_post(tower.transformer(tower._embeds(images))) @ tower.proj)[:, 1:], tower(images)
     tokens = tower.forward_features(images)[:, tower.num_prefix_tokens :]
     return (tower.head(tokens) if isinstance(tower, Eva) else tokens), tower(images)
 

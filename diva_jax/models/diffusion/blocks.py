@@ -123,8 +123,7 @@ class ResnetBlock(nnx.Module):
         y = self.conv1(jax.nn.silu(self.norm1(x)))
         if time is not None:
             y = y + self.time_emb_proj(jax.nn.silu(time))[:, None, None]
-        y = self.conv2(jax.nn.silu(self.norm2(y)))
-        return (self.conv_shortcut(x) if self.has_shortcut else x) + y
+        return (self.conv_shortcut(x) if self.has_shortcut else x) + self.conv2(jax.nn.silu(self.norm2(y)))
 
 
 class Downsample(nnx.Module):
@@ -210,8 +209,7 @@ class TransformerBlock(nnx.Module):
         """[B, N, n], [B, M, n_context] -> [B, N, n]."""
         y = self.norm1(x)
         x = x + self.attn1(y, y)
-        x = x + self.attn2(self.norm2(x), context)
-        return feed_forward(x, self.norm3, self.ff)
+        return feed_forward(x + self.attn2(self.norm2(x), context), self.norm3, self.ff)
 
 
 class Transformer(nnx.Module):

@@ -115,8 +115,7 @@ def _rotate(x: Array, cos: Array, sin: Array) -> Array:
     y = widened(x).reshape(*x.shape[:-1], -1, 2)
     cos, sin = cos[None, :, None], sin[None, :, None]
     first, second = y[..., 0], y[..., 1]
-    out = jnp.stack([first * cos - second * sin, first * sin + second * cos], axis=-1)
-    return out.reshape(x.shape).astype(x.dtype)
+    return jnp.stack([first * cos - second * sin, first * sin + second * cos], axis=-1).reshape(x.shape).astype(x.dtype)
 
 
 @jax.named_scope("norm")
@@ -206,8 +205,7 @@ class DoubleBlock(nnx.Module):
             for (x, _, attn, _), (shift, scale, *_) in zip(streams, mods, strict=True)
         ]
         q, k, values = (jnp.concatenate(part, axis=1) for part in zip(*qkv, strict=True))
-        joint = attention(_rotate(q, cos, sin), _rotate(k, cos, sin), values)
-        split = jnp.split(joint, [txt.shape[1]], axis=1)
+        split = jnp.split(attention(_rotate(q, cos, sin), _rotate(k, cos, sin), values), [txt.shape[1]], axis=1)
         out = []
         for (x, _, attn, mlp), (*_, gate1, shift2, scale2, gate2), seen in zip(streams, mods, split, strict=True):
             x = x + gate1 * attn.proj(seen)
@@ -228,8 +226,7 @@ class SingleBlock(nnx.Module):
     def __call__(self, x: Array, v: Array, cos: Array, sin: Array) -> Array:
         """[B, N, width], [B, width] -> [B, N, width]."""
         shift, scale, gate = self.modulation(v)
-        y = self.linear1((1 + scale) * _normalise(x) + shift)
-        qkv, hidden = jnp.split(y, [3 * x.shape[-1]], axis=-1)
+        qkv, hidden = jnp.split(self.linear1((1 + scale) * _normalise(x) + shift), [3 * x.shape[-1]], axis=-1)
         q, k, values = split_qkv(qkv, self.heads)
         q, k = self.norm(q, k)
         seen = attention(_rotate(q, cos, sin), _rotate(k, cos, sin), values)

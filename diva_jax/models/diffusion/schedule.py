@@ -46,8 +46,7 @@ def alphas_cumprod(config: ScheduleConfig) -> np.ndarray:
     else:
         remaining = np.cos((np.linspace(0, 1, n + 1) + 0.008) / 1.008 * np.pi / 2) ** 2
         betas = np.minimum(1 - remaining[1:] / remaining[:-1], 0.999)
-    alphas = np.float32(1) - betas.astype(np.float32)
-    return np.cumprod(alphas, dtype=np.float64).astype(np.float32)
+    return np.cumprod(np.float32(1) - betas.astype(np.float32), dtype=np.float64).astype(np.float32)
 
 
 def nats_per_error(config: ScheduleConfig, values: int, kind: str = "") -> np.ndarray:

@@ -83,8 +83,7 @@ class VAEConfig(AutoencoderConfig):
         mean, logvar = jnp.split(moments, 2, axis=-1)
         if noise is None:
             return self.scaling_factor * mean
-        std = jnp.exp(0.5 * jnp.clip(logvar.astype(noise.dtype), -30, 20))
-        return self.scaling_factor * (mean + std * noise)
+        return self.scaling_factor * (mean + jnp.exp(0.5 * jnp.clip(logvar.astype(noise.dtype), -30, 20)) * noise)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,8 +97,7 @@ class FluxVAEConfig(AutoencoderConfig):
 
     def latents(self, moments: Array, noise: Array | None = None) -> Array:
         """See `LatentCode`: scaling_factor * (mean + exp(logvar / 2) * noise - shift_factor), float32 or wider."""
-        moments = widened(moments)
-        mean, logvar = jnp.split(moments, 2, axis=-1)
+        mean, logvar = jnp.split(widened(moments), 2, axis=-1)
         sample = mean if noise is None else mean + jnp.exp(logvar / 2) * noise
         return self.scaling_factor * (sample - self.shift_factor)
 

@@ -164,8 +164,7 @@ def test_image(spec: Spec) -> np.ndarray:
     """Returns a smooth, normalised test image, float32 [1, H, W, 3]."""
     s = spec.image_size
     y, x = np.meshgrid(np.linspace(-1, 1, s), np.linspace(-1, 1, s), indexing="ij")
-    channels = [np.sin(3 * x + y), np.cos(5 * y * x), np.sin(9 * x * x + 2 * y) * y]
-    return np.stack(channels, -1)[None].astype(np.float32)
+    return np.stack([np.sin(3 * x + y), np.cos(5 * y * x), np.sin(9 * x * x + 2 * y) * y], -1)[None].astype(np.float32)
 
 
 def pixels(images: np.ndarray):
@@ -277,8 +276,7 @@ def _run_original(path: Path, fmt: str, spec: Spec, source: ClipSource) -> str:
         if text is not None:
             tokenizer = tokenizer_of(source, spec) if text is _TEXT else None
             ids = tokenizer([_TEXT]) if tokenizer else np.asarray(theirs[1], np.int32)
-            tower = parts.load(str(path), spec, tower="text")
-            said.append(_differ(library, "a text", encode(tower, ids), theirs[2]))
+            said.append(_differ(library, "a text", encode(parts.load(str(path), spec, tower="text"), ids), theirs[2]))
     return f"{library}: largest difference {', '.join(said)}"
 
 

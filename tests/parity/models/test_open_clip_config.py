@@ -63,8 +63,7 @@ def small(**kw) -> dict:
     """A small model config; `kw` as `vision_cfg__width=...` or `quick_gelu=...`."""
     vision = dict(image_size=28, patch_size=7, width=48, layers=2, head_width=16)
     text = dict(context_length=9, vocab_size=99, width=36, heads=3, layers=2)
-    config = ConfigDict(dict(embed_dim=24, vision_cfg=vision, text_cfg=text), type_safe=False)
-    return with_fields(config, kw).to_dict()
+    return with_fields(ConfigDict(dict(embed_dim=24, vision_cfg=vision, text_cfg=text), type_safe=False), kw).to_dict()
 
 
 @pytest.mark.parametrize("name", [*NAMES, *(pytest.param(n, marks=pytest.mark.slow) for n in MORE_NAMES)])
@@ -160,8 +159,7 @@ def test_other_files_and_other_preprocessing_are_refused():
     for config in (None, [], {}, {"model_cfg": {}}, {"embed_dim": 3, "vision_cfg": {}}):
         refused("open_clip's config cannot be used", from_open_clip, config)
     for key, value in (("resize_mode", "longest"), ("interpolation", "random"), ("mean", [0.5, 0.5])):
-        wrong = dict(model_cfg=small(), preprocess_cfg={key: value})
-        refused(f"preprocess_cfg.{key}", from_open_clip, wrong)
+        refused(f"preprocess_cfg.{key}", from_open_clip, dict(model_cfg=small(), preprocess_cfg={key: value}))
 
 
 def test_preprocessing_left_out_is_open_clips_default_except_for_siglip():

@@ -40,8 +40,7 @@ class Tower:
 
     def ours(self, **kw):
         abstract = nnx.eval_shape(lambda: (Text if self.text else build)(self.spec, rngs=Keys(0), **kw))
-        source = tensors(self.theirs) if self.text else checkpoint(self.spec, self.theirs)
-        return filled(abstract, source, self.table)
+        return filled(abstract, tensors(self.theirs) if self.text else checkpoint(self.spec, self.theirs), self.table)
 
     @functools.cached_property
     def inputs(self) -> np.ndarray:

@@ -217,8 +217,7 @@ def test_schedule(name):
     timesteps = np.array([0, 131, len(abar) - 1])
     args = [torch.from_numpy(a) for a in (latents, noise, timesteps)]
     close(schedule.add_noise(latents, noise, abar, timesteps), theirs.add_noise(*args), 1e-6)
-    velocity = schedule.target(latents, noise, abar, timesteps, "v_prediction")
-    close(velocity, theirs.get_velocity(*args), 1e-6)
+    close(schedule.target(latents, noise, abar, timesteps, "v_prediction"), theirs.get_velocity(*args), 1e-6)
     assert np.array_equal(schedule.target(latents, noise, abar, timesteps, "epsilon"), noise)
     half = [jnp.asarray(a, jnp.bfloat16) for a in (latents, noise)]
     out = schedule.add_noise(*half, abar, timesteps)

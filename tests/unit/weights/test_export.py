@@ -75,8 +75,7 @@ def test_caveats_and_scores(clip, tmp_path):
     text = publish.card(both, EVAL_CLIP, "hf", "float32", scores=scores)
     assert "No scores" not in text and "The text tower was not tuned" not in text
     table = text.split("## Scores")[1].split("##")[0].strip().splitlines()[2:]
-    head = f"| task | score | {samples.BEFORE} | this model | difference |"
-    assert table[:2] == [head, "|---|---|---|---|---|"]
+    assert table[:2] == [f"| task | score | {samples.BEFORE} | this model | difference |", "|---|---|---|---|---|"]
     numbers = "19.26 (12.76 to 25.76) | 25.93 (19.43 to 32.43) | +6.67 (1.48 to 11.85)"
     assert table[2] == rf"| MMVP-VLM | pooled \| embedding [%] | {numbers} |"
     assert len(table) == 4 and "published" in table[3]  # The rank has no score of these weights.

@@ -60,8 +60,7 @@ INDEXES = json.loads(Path(__file__).with_name("indexes.json").read_text())
 
 @pytest.mark.parametrize("index", INDEXES)
 def test_an_index_names_files_of_its_own_folder_alone(tmp_path, index):
-    content = {"secret": "what nobody may read", "model/m.safetensors.index.json": json.dumps(index)}
-    trees.change(tmp_path, content)
+    trees.change(tmp_path, {"secret": "what nobody may read", "model/m.safetensors.index.json": json.dumps(index)})
     assert "nobody" not in refused(".", formats.weights_in, tmp_path / "model", "m")
 
 

@@ -85,8 +85,7 @@ def test_arrays_go_straight_to_their_shards():
     weight, bias = np.arange(24 * 16, dtype=np.float32).reshape(24, 16), np.ones(24, np.float32)
     state = nnx.state(model)
     state = jax.tree.map(lambda a: a.update(sharding=NamedSharding(mesh, PartitionSpec("fsdp"))), state)
-    state = names.assign(state, {"weight": weight, "bias": bias}, names.Table("linear"))
-    kernel = state["kernel"].get_value()
+    kernel = names.assign(state, {"weight": weight, "bias": bias}, names.Table("linear"))["kernel"].get_value()
     assert kernel.dtype == jnp.bfloat16 and {s.data.shape for s in kernel.addressable_shards} == {(2, 24)}
     np.testing.assert_array_equal(np.asarray(kernel, np.float32), weight.T.astype(jnp.bfloat16).astype(np.float32))
 
@@ -132,8 +131,7 @@ def test_a_backbone_that_may_be_trained_can_be_built_and_exported(name):
             refused += 1
             assert "backbone" in str(e) and "\n" not in str(e)
             continue
-        spec = spec_of(config)
-        both_towers(dataclasses.replace(spec, **{f: getattr(QUICK, f) for f in NOT_BUILT}))
+        both_towers(dataclasses.replace(spec_of(config), **{f: getattr(QUICK, f) for f in NOT_BUILT}))
     assert refused or name in ("source", "open_clip_name")
 
 

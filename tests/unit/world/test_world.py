@@ -72,8 +72,7 @@ def test_captions_name_the_relation_as_often_as_their_rates_say_and_from_either_
     s, rng = drawn(4, 2000), np.random.default_rng(9)
     for kind, rate in captions.KINDS.items():
         texts = captions.captions(s, captions.choose(rng, len(s), rate))
-        related = [any(r in t for r in scenes.RELATIONS) for t in texts]
-        assert abs(np.mean(related) - rate) < 0.05, kind
+        assert abs(np.mean([any(r in t for r in scenes.RELATIONS) for t in texts]) - rate) < 0.05, kind
         assert all(scenes.SHAPES[a] in t and scenes.SHAPES[b] in t for t, (a, b) in zip(texts, s.shape, strict=True))
     one = captions.only(rng, len(s), "relation")
     texts = [captions.captions(s, one._replace(swap=np.full(len(s), x))) for x in (False, True)]
@@ -143,8 +142,7 @@ def test_what_cannot_be_used_is_named(tmp_path, monkeypatch):
     assert experiment.read(path) == [{"arm": "diva", "seed": 0}]
     path.write_text('{"arm"\n{"arm": "diva"}\n')
     refused("line 1 is no JSON", experiment.read, path)
-    given = (tmp_path / "a", ["no_such_arm"], [0], arms.Budget(), 1)
-    refused("--arms has no_such_arm", experiment.experiment, *given)
+    refused("--arms has no_such_arm", experiment.experiment, *(tmp_path / "a", ["no_such_arm"], [0], arms.Budget(), 1))
     assert arms.find("diva:optim.lr=1e-3:anchor.weight=0.5").fields["optim.lr"] == 1e-3
     refused("give each field a number", arms.find, "diva:optim.lr=high")
 
@@ -157,8 +155,7 @@ def test_the_code_is_orthonormal_and_keeps_most_of_the_world():
     code.basis[...] = jax.numpy.asarray(basis, np.float32)
     latents = code.encode(images)
     assert latents.shape == (60, 2, 2, 64) and 0.8 < float(np.std(np.asarray(latents))) < 1.2
-    back = np.asarray(code.decode(latents))
-    assert np.mean((back - images) ** 2) < 0.08 * np.var(images)
+    assert np.mean((np.asarray(code.decode(latents)) - images) ** 2) < 0.08 * np.var(images)
     for options, says in (
         ({"patch_size": 2, "latent_channels": 13}, "keeps 13 numbers of a patch that has only 12"),
         ({"block_out_channels": [8]}, "unknown option .?block_out_channels"),
