@@ -49,7 +49,7 @@ def main() -> None:
         with distributed.session(_JOIN.value, _LOST.value):
             run = Run(config, _WORKDIR.value, _INIT_FROM.value, _EXECUTABLES.value)
             done = f"{_WORKDIR.value}: all {run.total} steps are done" if run.finished else f"done: {run.total} steps"
-            if run.finished or run.run():
+            if run.run():
                 export = f"python -m diva_jax.export_torch --workdir={shlex.quote(_WORKDIR.value)} --out=DIR"
                 say(f"{done}; export with {export}, or train on with a larger --config.steps")
         if run.stopped_by == signal.SIGINT:

@@ -42,7 +42,8 @@ def reason(e: Exception) -> str:
 @contextlib.contextmanager
 def explained(problem: str, advice: str, *types: type[Exception], kind: type[Exception] = UserError) -> Iterator[None]:
     """Context manager in which an exception of some types, by default an OSError, becomes an error of the `kind` whose
-    message is "PROBLEM (what it says): ADVICE"; a `UserError` or `RunError` stays what it is."""
+    message is "PROBLEM (what it says): ADVICE"; a `UserError` or `RunError` stays what it is. Of a bucket that does not
+    answer it is a RunError, after which a pod starts again."""
     try:
         yield
     except Exception as e:
@@ -50,9 +51,13 @@ def explained(problem: str, advice: str, *types: type[Exception], kind: type[Exc
             raise
         plain = type(e) is OSError or getattr(e, "errno", None) or isinstance(e, ValueError | UserError)
         said = getattr(e, "strerror", None) or (" ".join(str(e).split())[:300] if plain else "")
+        passes = type(e).__module__.partition(".")[0] in _STORES and getattr(e, "code", None) not in (400, 401, 403)
+        kind = RunError if passes else kind
         raise kind(f"{problem} ({said or reason(e)}): {advice}") from e
 
 
+# Packages whose own errors are of stores that do not answer; what is not there, or a right, is an error of Python's.
+_STORES = ("aiohttp", "gcsfs")
 # Folders and files of modules that a config names: somebody's own code, even where it is installed.
 named_by_configs: set[str] = set()
 

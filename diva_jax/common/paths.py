@@ -16,7 +16,7 @@ from typing import Any
 import fsspec
 from etils import epath
 
-from diva_jax.common.errors import UserError, reason
+from diva_jax.common.errors import UserError, explained, reason
 
 # A cached listing of a bucket is wrong as soon as another process, or tensorstore in this one, writes to it.
 fsspec.config.conf.setdefault("gs", {}).setdefault("use_listings_cache", False)
@@ -37,15 +37,15 @@ def folder(path, flag: str) -> epath.Path:
     UserError where the bucket cannot be reached, or what reaches it is not installed."""
     if not is_remote(path):
         return epath.Path(path).expanduser()
-    try:
-        remote = epath.Path(path)
-        remote.exists()
-    except (ImportError, KeyError) as e:
-        known = str(path).startswith("gs://")
-        why = "needs gcsfs: pip install -e '.[gcs]'" if known else "has a scheme that is not supported: use gs://..."
-        raise UserError(f"{flag}={path} {why}, or a folder on this machine") from e
-    except Exception as e:  # The store has errors of its own, from DNS to a right that is missing.
-        raise UserError(f"{flag}={path} cannot be reached ({reason(e)}): check it and this account's rights") from e
+    # The store has errors of its own, from DNS to a right that is missing.
+    with explained(f"{flag}={path} cannot be reached", "check it and this account's rights", Exception):
+        try:
+            remote = epath.Path(path)
+            remote.exists()
+        except (ImportError, KeyError) as e:
+            why = "has a scheme that is not supported: use gs://..."
+            why = "needs gcsfs: pip install -e '.[gcs]'" if str(path).startswith("gs://") else why
+            raise UserError(f"{flag}={path} {why}, or a folder on this machine") from e
     return remote
 
 

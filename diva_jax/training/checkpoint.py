@@ -101,7 +101,7 @@ def check_files(folder: epath.Path) -> tuple[dict, dict]:
             raise Damaged(f"{file.name} has more than {json_files.MAX_BYTES} bytes")
     _read_json(folder, "_CHECKPOINT_METADATA", _Description, missing=None)
     data, meta = (_read_json(folder, f"{item}/metadata") for item in ("data", "meta"))
-    if not (folder / "state").is_dir():
+    if not (folder / "state").exists():
         raise Damaged("its part state is missing")
     for name in ("manifest.ocdbt", "_METADATA"):
         file = folder / "state" / name
@@ -128,13 +128,16 @@ def _folder(workdir: epath.PathLike) -> epath.Path:
 
 
 def damages(workdir: epath.PathLike) -> dict[int, str | None]:
-    """Step -> what is wrong, or None, of the checkpoints that were saved, newest first; a UserError without a list."""
+    """Step -> what is wrong, or None, of the checkpoints that were saved, newest first; a UserError, or where a bucket
+    does not answer a RunError, without a list."""
     folder = _folder(workdir)
     kind = Exception if paths.is_remote(folder) else FileNotFoundError
     with explained(f"{folder} cannot be read", "check this account's rights, try again", kind):
         for _ in range(_LISTINGS):
             with contextlib.suppress(FileNotFoundError):
-                found = ocp.utils.checkpoint_steps_paths(folder) if folder.is_dir() else []
+                # Of a bucket that does not answer, `is_dir` is false, and `exists` raises.
+                there = folder.exists() if paths.is_remote(folder) else folder.is_dir()
+                found = ocp.utils.checkpoint_steps_paths(folder) if there else []
                 local = () if paths.is_remote(folder) else (folder, *folder.glob("*"))
                 found += [f for f in local if os.path.islink(f) and not f.exists()]
                 if folder in found:

@@ -180,10 +180,12 @@ class Run:
         finished. If it is not, `stopped_by` is the signal. A UserError where weights are missing, invalid, or of
         another architecture. A RunError where the loss or gradient is not finite, too many images cannot be read, a
         checkpoint cannot be written, or another process is lost; the last checkpoint is kept."""
+        c, first, done = self.config, jax.process_index() == 0, self.workdir / "done"
         if self.finished:
+            if first and not done.exists():  # The run was killed between its last checkpoint and this file.
+                done.touch()
             return True
         say(self.describe())
-        c, first = self.config, jax.process_index() == 0
         with contextlib.ExitStack() as over:
 
             def opened(thing):
@@ -216,7 +218,7 @@ class Run:
                 self.stopped_by = self.preempted.signal or signal.SIGTERM
                 say(f"{self.stopped_by.name}: saved step {self.step}; the same command resumes from here")
             elif first:
-                (self.workdir / "done").touch()  # For scripts that start the command again until the run is done.
+                done.touch()  # For scripts that start the command again until the run is done.
         return self.step >= self.total
 
     def _train(self) -> None:

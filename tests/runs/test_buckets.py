@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from unittest import mock
 from urllib.parse import unquote
 
+import aiohttp
 import commands
 import fsspec
 import gcp_storage_emulator.server as emulator
@@ -97,7 +98,6 @@ def test_two_processes_with_data_and_workdir_in_a_bucket(files, bucket, tmp_path
     for folder in ("tensorboard", "cache/compiled", "profile/plugins/profile"):
         assert list((workdir / folder).iterdir()), folder
     assert list((workdir / "cache").glob("tar_index_*"))
-
     for source, step in ((f"{workdir}:{saved}", saved), (str(workdir), STEPS)):
         assert origins.find(source, "--weights")[:2] == (str(workdir), step)
     commands.succeed("export_torch", f"--workdir={workdir}", f"--out={tmp_path / 'tuned'}", "--trust_objective")
@@ -127,6 +127,14 @@ def test_a_bucket_that_vanishes_while_saving(bucket, monkeypatch):
     says = "step 2: no checkpoint can be written to gs://doomed/run/checkpoints"
     failed(says, checkpoints.save, 2, state, {}, {}, wait=True)
     checkpoints.close()
+
+
+def test_a_bucket_that_does_not_answer_is_not_an_empty_one(monkeypatch):
+    workdir = "gs://bucket/run"
+    monkeypatch.setattr(type(epath.Path(workdir)), "exists", mock.Mock(side_effect=aiohttp.ClientOSError("no answer")))
+    failed("cannot be read .*ClientOSError", checkpoint.latest_step, workdir)
+    failed("cannot be read .*ClientOSError", checkpoint.restore_newest, workdir, dict)
+    failed("--workdir=gs://bucket/run cannot be reached", paths.folder, workdir, "--workdir")
 
 
 def test_executables_in_a_bucket(bucket):

@@ -66,6 +66,8 @@ def test_a_finished_run_is_extended(files, uninterrupted, tmp_path):
     assert checkpoint.latest_step(tmp_path / "run") == 15 and (tmp_path / "run" / "done").exists()
     steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(1, 16))
+    (done := tmp_path / "run/done").unlink()  # As where a run is killed before it could write it.
+    assert "all 15 steps are done" in commands.output(start(files, done.parent, "--config.steps=13")) and done.exists()
 
 
 def interrupted(config, workdir, step: int, sig: signal.Signals) -> int | None:
@@ -125,5 +127,4 @@ def test_bad_input_is_refused_before_anything_is_written(files, uninterrupted, t
     workdir = uninterrupted[0] if what == "another run's workdir" else tmp_path / "new"
     before = sorted(uninterrupted[0].rglob("*"))
     refused(re.escape(named), lambda: Run(c, workdir).run())
-    assert not (tmp_path / "new" / "checkpoints").exists()
-    assert sorted(uninterrupted[0].rglob("*")) == before
+    assert not (tmp_path / "new" / "checkpoints").exists() and sorted(uninterrupted[0].rglob("*")) == before

@@ -16,7 +16,7 @@ import pytest
 import trees
 from etils import epath
 from gcsfs.retry import HttpError
-from helpers import refused
+from helpers import failed, refused
 
 import diva_jax
 from diva_jax.common import cli, config_files, errors, json_files, paths
@@ -62,7 +62,6 @@ def test_what_cannot_be_written_is_an_oserror_or_refused_before_anything_is(tmp_
         exec(compile("1 / 0", "xla_bridge.py", "exec"))
     assert cli._unexpected(caught.value)[1].startswith("error: JAX has no device, JAX_PLATFORMS=")
     assert cli._unexpected(OSError(28, "full")) == (1, "error: full: make room, and start the command again")
-
     bucket.pipe("/bucket/a", b"")
     monkeypatch.setattr(type(bucket), "pipe_file", mock.Mock(side_effect=RuntimeError("403 Forbidden")))
     with pytest.raises(OSError, match="memory://bucket/b: RuntimeError: 403 Forbidden"):
@@ -91,14 +90,15 @@ def test_secrets_of_urls():
 @pytest.mark.parametrize("code", [401, 403, 503])
 def test_what_a_bucket_refuses_is_a_sentence_and_no_damage(monkeypatch, code):
     refuse = mock.Mock(side_effect=HttpError({"code": code, "message": "refused"}))
-    for name in ("open", "is_dir"):
+    for name in ("open", "exists"):
         monkeypatch.setattr(type(epath.Path("gs://b/x")), name, refuse)
     for read in (
         lambda: json_files.read_bytes("gs://b/x"),
         lambda: checkpoint.check_files(epath.Path("gs://b/3")),
         lambda: checkpoint.latest_step("gs://b/run"),
     ):
-        refused(rf"gs://b/\S+ cannot be read \(HttpError: refused, {code}\): check", read)
+        says = failed if code == 503 else refused  # After which a pod starts again, or not.
+        says(rf"gs://b/\S+ cannot be read \(HttpError: refused, {code}\): check", read)
 
 
 @pytest.mark.parametrize("config", [
