@@ -101,9 +101,8 @@ def compile_step(program: Program, stage: int):
     """A compiled step, its `compiler.executable_facts`, and the seconds to trace and to compile it. `OutOfMemory` where
     the compiler reports that the program does not fit, a UserError where it refuses an option."""
     began = time.perf_counter()
-    lowered = program.step(stage).lower(
-        program.abstract_state(stage), program.abstract_frozen(), program.abstract_batch()
-    )
+    shapes = program.abstract_state(stage), program.abstract_frozen(), program.abstract_batch()
+    lowered = program.step(stage).lower(*shapes)
     known, traced = compiler.executable_facts(lowered, program), time.perf_counter()
     try:
         with log.waiting("compiling", lambda line: print(line, file=sys.stderr, flush=True)):
@@ -190,7 +189,7 @@ def search(config, topology: str, limit: int = 256) -> dict:
     size = min(max(config.batch_size // config.accum // n, 1), limit)
     while high - low > 1:
         row = rows[size] = report(with_batch(config, n, size), topology)
-        print(f"per-device batch {size}: {verdict(row)}", flush=True)
+        print(f"per-device batch {size}: {verdict(row)}", file=sys.stderr, flush=True)
         low, high = (size, high) if row["fits"] else (low, size)
         needed.setdefault(0, row.get("memory", {}).get("arguments", 0))
         needed[size] = row["needed"]

@@ -68,15 +68,20 @@ def _about() -> tuple[str, str]:
     return OK, f"{found['devices']}{memory}, {jax.process_count()} processes; {versions}"
 
 
-def check(config, workdir: epath.Path | None) -> Table:
-    """Runs all checks and keeps the results of the kernels."""
+def check(config, workdir: epath.Path | None, unless_kept: bool = False) -> Table | None:
+    """Runs all checks and keeps the results of the kernels; None, after a line, where they are kept already."""
     began, table = time.perf_counter(), Table()
     mesh, device, setting = partition.make_mesh(config.mesh), jax.local_devices()[0], config.kernels
-    table.add("machine", _about)
-    config.kernels = compiler.OWN
+    config.kernels, kind = compiler.OWN, device.device_kind
     step, toy, found, cases = device_checks.Step(Program(config, mesh)), device.platform == "cpu", {}, TOY
     if not toy:
         cases = device_checks.cases_of(step.trace(None)) if device.platform == "tpu" else ()
+    names, file = {case.name for case in cases}, compiler.checked_file(kind, workdir)
+    kept = unless_kept and file.exists() and names <= compiler.checked_kernels(kind, workdir).keys()
+    if unless_kept and not distributed.any_failed(not kept):
+        say(f"this device was checked before: {file}")
+        return None
+    table.add("machine", _about)
     if toy or not cases or setting == compiler.XLA:
         step.trace(frozenset())
     step.compile()
@@ -88,12 +93,12 @@ def check(config, workdir: epath.Path | None) -> Table:
         name = f"{case.name}, {case.n} x {case.m}"
         verdict, *_ = table.add(name, lambda case=case: device_checks.check_kernel(case, toy))
         found[case.name] = verdict == OK and found.get(case.name, True)
-    if found:
-        say(f"{'':<38}kept in {compiler.keep_checked(device.device_kind, found, workdir)}")
+    if found.keys() == names:  # Also where the config has none, so that it is not checked at each start.
+        say(f"{'':<38}kept in {compiler.keep_checked(kind, found, workdir)}")
     table.add("collectives", lambda: device_checks.check_collectives(mesh))
     table.add("checkpoint", lambda: device_checks.check_checkpoint(mesh, workdir, config.checkpoint.timeout))
     passed = frozenset(name for name, right in found.items() if right)
-    if not toy and setting == compiler.AUTO and not {case.name for case in cases} <= passed:
+    if not toy and setting == compiler.AUTO and not names <= passed:
         step.trace(passed)
         step.compile()
     *_, seconds = table.add("train step", lambda: step.check(_SECONDS - (time.perf_counter() - began)))
@@ -115,17 +120,15 @@ def _config():
 
 def main() -> None:
     with distributed.session():
-        config, kind = _config(), jax.local_devices()[0].device_kind
+        config = _config()
         workdir = paths.folder(_WORKDIR.value, "--workdir") if _WORKDIR.value else None
         if workdir is None and jax.process_count() > 1:
             raise UserError("--workdir is missing: give a folder that all processes share, where a checkpoint is tried")
         if workdir is not None:
             paths.check_writable(workdir, "--workdir")
-        if _UNLESS.value and not distributed.any_failed(not compiler.checked_kernels(kind, workdir)):
-            say(f"this device was checked before: {compiler.checked_file(kind, workdir)}")
-            return
         compiler.use_cache(config.compile_cache, workdir or compiler.kept())
-        table = check(config, workdir)
+        if (table := check(config, workdir, _UNLESS.value)) is None:
+            return
         say(f"\nfor the report of an issue: {'; '.join(table.words)}")
         if table.failed:
             advice = "config.kernels=auto leaves out the kernels that failed, and config.kernels=xla all of them"

@@ -92,16 +92,15 @@ read_topology() {
   MACHINES=$((CHIPS / 4)) REGION=${ZONE%-*}
 }
 
-# Makes the policy by which the machines of a slice are placed together and linked.
+# Makes the policy by which the machines of a slice are placed together and linked, unless there is one from before.
 create_policy() {
   run gcloud compute resource-policies create workload-policy "$NAME" "--project=$PROJECT" "--region=$REGION" \
-    --type=HIGH_THROUGHPUT "--accelerator-topology=$SHAPE"
+    --type=HIGH_THROUGHPUT "--accelerator-topology=$SHAPE" ||
+    run gcloud compute resource-policies describe "$NAME" "--project=$PROJECT" "--region=$REGION"
 }
 
 run() {
-  printf '+'
-  printf ' %q' "$@"
-  printf '\n'
+  printf '+%s\n' "$(printf ' %q' "$@")"
   [[ $DRY_RUN -eq 1 ]] || "$@"
 }
 
@@ -114,25 +113,38 @@ on_workers() {
   run gcloud compute tpus tpu-vm ssh "$NAME" "${WHERE[@]}" "--worker=$1" "--command=$2"
 }
 
-# The same in a managed instance group, where a worker is the number of an instance in the group's list.
+# The same in a managed instance group, where a worker is the number of an instance in the group's list: on the first,
+# which may ask for a key, and then on the others at once, since a run that ends on one machine starts again on those in
+# half a minute. The status is that of a command that failed.
 on_instances() {
   local list=(gcloud compute instance-groups managed list-instances "$NAME" "${WHERE[@]}" '--format=value(name)')
-  local names=() i
+  local names=() found i pids=() status=0
   if [[ $DRY_RUN -eq 1 ]]; then
     run "${list[@]}"
     names=(INSTANCE)
   else
-    mapfile -t names < <("${list[@]}")
+    found=$("${list[@]}") || return
+    [[ -z $found ]] || mapfile -t names <<<"$found"
   fi
   for i in "${!names[@]}"; do
-    [[ $1 != all && $1 != "$i" && $DRY_RUN -eq 0 ]] || run gcloud compute ssh "${names[i]}" "${WHERE[@]}" "--command=$2"
+    [[ $1 != all && $1 != "$i" && $DRY_RUN -eq 0 ]] && continue
+    if [[ $1 == all && $i -gt 0 ]]; then
+      run gcloud compute ssh "${names[i]}" "${WHERE[@]}" "--command=$2" </dev/null &
+      pids+=($!)
+    else
+      run gcloud compute ssh "${names[i]}" "${WHERE[@]}" "--command=$2" || status=$?
+    fi
   done
+  for i in "${pids[@]}"; do
+    wait "$i" || status=$?
+  done
+  return "$status"
 }
 
 # Says which changes are not part of the current commit, and so not of what is uploaded.
 report_changes() {
   local changed
-  changed=$(git -C "$HERE/.." status --porcelain -- . ':!tpu/env.sh' | head -5)
+  changed=$(git -C "$HERE/.." status --porcelain -- . ':!tpu/env.sh' | sed -n 1,5p)
   [[ -z $changed ]] || echo "note: these changes are not committed and are not uploaded:"$'\n'"$changed" >&2
 }
 
@@ -168,6 +180,7 @@ follow() {
       *) die "unknown flag $flag: see $0 --help" ;;
     esac
   done
+  [[ $worker != all || -z ${MIG:-} ]] || die "--worker=all is not for instance groups: give the number of a machine"
   on_workers "$worker" "sudo journalctl --unit=google-startup-scripts --unit=diva_jax --lines=$back --follow --output=cat"
 }
 
@@ -177,5 +190,5 @@ last_lines() {
 
 # There is no run to stop if the slice does not exist.
 stop() {
-  on_workers all "sudo /opt/diva_jax/vm.sh stop" || echo "no machine to stop"
+  on_workers all "sudo /opt/diva_jax/vm.sh stop" || echo "note: not every machine was stopped, see above" >&2
 }

@@ -18,7 +18,7 @@ source "$(dirname "$0")/common.sh"
 parse_flags "$@"
 WHAT=${REST[0]:-}
 for flag in "${REST[@]:1}"; do
-  [[ $WHAT == logs && $flag == --worker=* || $flag == --lines=* ]] || die "unknown flag $flag: see $0 --help"
+  [[ $WHAT == logs && ($flag == --worker=* || $flag == --lines=*) ]] || die "unknown flag $flag: see $0 --help"
 done
 [[ $WHAT == create || ${#PASSED[@]} -eq 0 ]] || die "options after -- are for $0 create"
 NEEDS=(TOPOLOGY)
@@ -60,9 +60,11 @@ case $WHAT in
     ;;
   delete)
     stop
-    run gcloud compute instance-groups managed delete "$NAME" "${WHERE[@]}" --quiet
-    run gcloud compute instance-templates delete "$NAME" "--project=$PROJECT" --quiet
-    run gcloud compute resource-policies delete "$NAME" "--project=$PROJECT" "--region=$REGION" --quiet
+    CODE=0 # Whatever is there is deleted, also where `create` did not make all of it.
+    run gcloud compute instance-groups managed delete "$NAME" "${WHERE[@]}" --quiet || CODE=$?
+    run gcloud compute instance-templates delete "$NAME" "--project=$PROJECT" --quiet || CODE=$?
+    run gcloud compute resource-policies delete "$NAME" "--project=$PROJECT" "--region=$REGION" --quiet || CODE=$?
+    exit "$CODE"
     ;;
   *) die "say what to do, create, setup, launch, logs, status or delete: see $0 --help" ;;
 esac

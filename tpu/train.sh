@@ -42,5 +42,5 @@ fi
 python_module diva_jax.main "$@"
 [[ $CODE -eq 0 ]] || exit "$CODE"
 # Exit code 0 before the last step: this or another process received SIGTERM.
-"$PYTHON" -c 'import sys; from etils import epath; sys.exit(not (epath.Path(sys.argv[1]) / "done").exists())' "$WORKDIR" ||
+"$PYTHON" -c 'import sys; from etils import epath; sys.exit(not (epath.Path(sys.argv[1]).expanduser() / "done").exists())' "$WORKDIR" ||
   exit 75

@@ -96,12 +96,12 @@ start() {
 
 train() {
   local flags variable variables
-  read -r -a variables <<<"${ENVIRONMENT:-}"
+  read -r -d '' -a variables <<<"${ENVIRONMENT:-}" || true # Of all lines.
   for variable in "${variables[@]}"; do
     echo "+ export ${variable%%=*}=..." # Values may be secrets.
     export "${variable?}"
   done
-  read -r -a flags <<<"${FLAGS:-}"
+  read -r -d '' -a flags <<<"${FLAGS:-}" || true
   run cd "$ROOT/diva_jax"
   run exec env PYTHONUNBUFFERED=1 "SELFCHECK=${SELFCHECK:-1}" "PYTHON=$ROOT/venv/bin/python" tpu/train.sh \
     "--config=$CONFIG" "--workdir=$WORKDIR" "${flags[@]}"
@@ -113,6 +113,6 @@ case $WHAT in
     setup
     start
     ;;
-  stop) run systemctl stop diva_jax ;;
+  stop) run systemctl stop diva_jax || [[ $? -eq 5 ]] ;; # 5: the set-up has not made the service yet.
   *) "$WHAT" ;;
 esac

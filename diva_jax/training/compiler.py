@@ -138,7 +138,7 @@ def chosen_kernels(setting: str, mesh, workdir: epath.Path | None = None) -> fro
     passed = frozenset(name for name, ok in found.items() if ok)
     if passed:
         say_once(f"kernels: this package's for {', '.join(sorted(passed))}, which passed the check of this device")
-    else:
+    elif found or not checked_file(mesh.abstract_device.device_kind, workdir).exists():
         why = "failed the check of this device" if found else f"were not checked on this device: run {_CHECK}"
         say_once(f"kernels: XLA's and jax's, since this package's {why} (config.kernels=auto)")
     return passed

@@ -167,8 +167,8 @@ def check_collectives(mesh: Mesh) -> tuple[bool, str]:
         every = jax.lax.all_gather(row[0, 0], axes)
         return jax.lax.pmax(sum(wrong) + jnp.max(jnp.abs(every - jnp.arange(n))), axes)
 
-    rows = jnp.tile(jnp.arange(n, dtype=jnp.float32)[:, None], (1, length))
-    rows = jax.device_put(rows, NamedSharding(mesh, partition.BATCH))
+    number = jnp.arange(n, dtype=jnp.float32)[:, None]
+    rows = jax.jit(lambda: jnp.broadcast_to(number, (n, length)), out_shardings=NamedSharding(mesh, partition.BATCH))()
     run = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=partition.BATCH, out_specs=P(), check_vma=False))
     wrong, seconds = _timed(run, rows)
     said = f"{n} devices: sum, gather and scatter of {4 * length / 2**20:.2g} MiB in {1e3 * seconds:.2f} ms"
@@ -242,11 +242,8 @@ class Step:
         if problem is not None and not isinstance(problem, Late):
             raise problem
         if not_compiled:
-            return (
-                UNKNOWN,
-                "not compiled on all processes when time was over; training compiles it once and keeps it",
-                0.0,
-            )
+            said = "not compiled on all processes when time was over; training compiles it once and keeps it"
+            return UNKNOWN, said, 0.0
         arrays = made_up(p.arrays)
         state, frozen = p.init_state(arrays), {n: arrays[n] for n in p.abstract_frozen()}
         batch, times = made_up(p.abstract_batch()), []

@@ -83,8 +83,7 @@ def test_report(toy, tmp_path):
     # Two products forward and two backward; the gradient of the first input is not needed.
     assert row["flops"] == 4 * 2 * batch * 512 * 512 == 2 * row["parts"]["unet backward"]["flops"]
     assert row["model_ms"] > 1e3 * row["flops"] / 197e12 and row["seconds"]["compile"] > 0
-    assert "ENTRY" in (tmp_path / "step.hlo.txt").read_text()
-    assert json.loads(json.dumps(row)) == row
+    assert "ENTRY" in (tmp_path / "step.hlo.txt").read_text() and json.loads(json.dumps(row)) == row
     written = {f"{stage}.{kind}" for stage in ("0-warm-up", "1-tune") for kind in ("json", "bin")}
     assert {file.name for file in (tmp_path / "saved").iterdir()} == written
     facts = json.loads((tmp_path / "saved" / "1-tune.json").read_text())["facts"]

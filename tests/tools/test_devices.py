@@ -212,8 +212,7 @@ def test_the_command(tmp_path):
     assert list(rows) == ROWS and set(rows.values()) <= {OK, SLOW} | late
     assert all(f"{name} {verdict} (" in report for name, verdict in rows.items()) and report.count("\n") == 1
     file = re.search(r"kept in (\S+)", table)[1]
-    assert file.startswith(f"{tmp_path}/cache/diva_jax/selfcheck-cpu-")
-    assert list((tmp_path / "run").iterdir()) == []
+    assert file.startswith(f"{tmp_path}/cache/diva_jax/selfcheck-cpu-") and list((tmp_path / "run").iterdir()) == []
     assert commands.succeed(*again, **place) == f"this device was checked before: {file}\n"
 
 
@@ -294,6 +293,8 @@ def chosen(setting="auto", kind=V5E, platform="tpu", **kw):
 def test_auto_takes_what_has_passed_on_this_kind_of_device_a_tpu(capsys, tmp_path):
     assert chosen() == frozenset()
     assert "not checked" in (said := capsys.readouterr().out) and "diva_jax.selfcheck" in said
+    compiler.keep_checked("none", {})  # Of configs without a kernel.
+    assert not chosen(kind="none") and not capsys.readouterr().out
     compiler.keep_checked(V5E, {HEADS: True, CHANNELS: False})
     assert chosen() == chosen() == {HEADS} and chosen(kind=V6E) == frozenset()
     assert capsys.readouterr().out.count(HEADS) == 1, "one line for all programs of a process"

@@ -1,6 +1,7 @@
 """Tests of the launch scripts: the commands of a dry run, help, error messages, and shellcheck."""
 
 import json
+import os
 import re
 import shutil
 import sys
@@ -71,6 +72,20 @@ def test_what_cannot_be_is_refused_in_a_dry_run_too(scripts, fields, flags, said
         assert code == 2 and not out and err.startswith("error: ") and said in err and err.count("\n") == 1, err
 
 
+@pytest.mark.parametrize("fails, what, code, said", CASES["group"])
+def test_a_group_of_machines_of_which_commands_fail(tmp_path, fails, what, code, said):
+    (stub := tmp_path / "gcloud").write_text(
+        f'#!/bin/sh\necho "$*" >>{tmp_path}/ran\ncase "$*" in *"{fails or "nothing"}"*) exit 3 ;;\n'
+        "*list-instances*) printf 'm-0\\nm-1\\nm-2\\n' ;;\nesac\n"
+    )
+    stub.chmod(0o755)
+    flags, path = (what, env(TOPOLOGY="v6e:4x4")), f"{tmp_path}:{os.environ['PATH']}"
+    found, _, err = finish(launch(TPU / "mig.sh", *flags, PATH=path), seconds=60)
+    ran = (tmp_path / "ran").read_text()
+    assert found == code and said in err and (fails == "list-instances") == (what != "create" and "ssh m-2" not in ran)
+    assert what != "delete" or "instance-templates delete" in ran and "resource-policies delete" in ran
+
+
 def test_what_is_not_committed_is_said(tmp_path):
     """In a clone with one file more than its commit."""
     output(launch("git", "clone", "--quiet", ROOT, tmp_path / "clone"))
@@ -85,12 +100,6 @@ def test_what_is_not_committed_is_said(tmp_path):
         seen.append(err)
         (tmp_path / "clone/new.py").write_text("")
     assert "not committed" not in seen[0] and "not committed" in seen[1] and "new.py" in seen[1]
-
-
-def test_the_image_trains():
-    image = (TPU / "gke/Dockerfile").read_text()
-    assert "COPY tpu/train.sh /usr/local/bin/diva-train-until-done" in image
-    assert 'ENTRYPOINT ["diva-train-until-done"]' in image
 
 
 def python(folder, then):

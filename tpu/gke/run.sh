@@ -21,7 +21,7 @@ NEEDS=(TOPOLOGY CLUSTER IMAGE)
 read_env
 read_topology
 ARGUMENTS=()
-read -r -a ARGUMENTS <<<"${FLAGS:-}"
+read -r -d '' -a ARGUMENTS <<<"${FLAGS:-}" || true # Of all lines.
 ARGUMENTS=("--config=$CONFIG" "--workdir=$WORKDIR" "${ARGUMENTS[@]}")
 
 pool() {
@@ -50,7 +50,7 @@ render() {
     flex-start) CAPACITY_LABEL='cloud.google.com/gke-flex-start: "true"' ;;
     on-demand) CAPACITY_LABEL= ;;
   esac
-  export SELFCHECK=${SELFCHECK:-1} NAME MACHINES GKE_ACCELERATOR SHAPE CAPACITY_LABEL IMAGE BUCKET
+  export SELFCHECK=${SELFCHECK:-1} MOUNT=${MOUNT:-/gcs} NAME MACHINES GKE_ACCELERATOR SHAPE CAPACITY_LABEL IMAGE BUCKET
   python3 -c '
 import json, os, string, sys
 text = string.Template(open(sys.argv[1]).read())
