@@ -11,6 +11,7 @@ the work.
 
 from absl import flags
 
+from diva_jax import config as configs
 from diva_jax.common import cli
 from diva_jax.common.errors import UserError
 from diva_jax.training import distributed
@@ -27,7 +28,6 @@ def main() -> None:
     config = cli.config_of(_CONFIG)
     if not _OUT.value:
         raise UserError("--out is missing: give a folder for the cache, e.g. --out=data/latents")
-    from diva_jax import config as configs
     from diva_jax.training.cache_builder import Builder
 
     with distributed.session(_JOIN.value):
@@ -36,4 +36,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, described=configs.described)

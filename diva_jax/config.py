@@ -82,7 +82,7 @@ class DataOptions:
         "tfds:name/split, or mix:...; see docs/DATA.md.",
     )
     allow_urls: bool = field(False, "Whether images that a table names by URL (https://, gs://, file://) are fetched.")
-    image_size: int = field(512, "The crop's side, which is the VAE's resolution [pixels].", between(1, 2**14))
+    image_size: int = field(512, "Side of the crops [pixels]; only of diva, unclip, dcr and judge.", between(1, 2**14))
     crop: CropOptions = CropOptions()
     latents: str = field(
         "",
@@ -205,7 +205,9 @@ def default(
     if "diffusion" in c:
         parts = presets.preset(diffusion) if isinstance(diffusion, str) else diffusion
         c.diffusion.update({part: ConfigDict(parts[part]) for part in ("unet", "vae", "text_encoder", "scheduler")})
-    c[objectives.section(objective)] = fields.default_of(method)
+    if (section := objectives.section(objective)) in c or section == "eval":
+        raise UserError(f"the objective {objective}: a config has another section {section!r}, rename the module")
+    c[section] = fields.default_of(method)
     c.eval = evals.default()
     if hasattr(method, "recipe"):
         method.recipe(c)

@@ -20,6 +20,7 @@ from diva_jax.data.sources import listed
 from diva_jax.evals import Settings, evaluator, results, seeds
 from diva_jax.models import backbones
 from diva_jax.models.backbones import Spec
+from diva_jax.objectives import Progress
 from diva_jax.training import loop, partition, workdirs
 from diva_jax.training.step import Program, image_keys
 from diva_jax.weights import origins
@@ -75,11 +76,13 @@ class Loss:
         Raises:
           UserError: an image cannot be read, or texts are missing.
         """
+        if self.config.data.latents:
+            raise UserError("Loss.batch reads no cache: give fields={'data.latents': ''}, for what it holds")
         texts = [None] * len(images) if texts is None else list(texts)
         needing = [name for name, i in self._inputs.items() if i.needs_text]
-        if len(texts) != len(images) or (needing and not all(texts)):
+        if len(texts) != len(images) or (needing and not all(isinstance(t, str) and t for t in texts)):
             what = listing(needing) or "a batch"
-            raise UserError(f"{len(images)} images need as many texts, none of them empty, for {what}")
+            raise UserError(f"{len(images)} images need as many texts, each a str and none empty, for {what}")
         c, rows = self.config.data.crop, []
         for i, (given, text) in enumerate(zip(images, texts, strict=True)):
             image, rng = as_image(given).convert("RGB"), np.random.default_rng((seed, i))
@@ -99,8 +102,12 @@ class Loss:
         with self._program.tracing():
             keys = image_keys(key, step, batch["row"])
 
+            p, last = self._program, self._program.stages[-1]
+            progress = Progress((step - last.start) / last.steps, p.skeleton.merge(params, frozen))
+            more = (progress,) if p.objective.follows_run else ()
+
             def loss(params):
-                return self._program.skeleton.merge(params, frozen).loss(batch, keys)
+                return p.skeleton.merge(params, frozen).loss(batch, keys, *more)
 
             (value, metrics), gradients = jax.value_and_grad(loss, has_aux=True)(params)
             return value, metrics, gradients
@@ -199,6 +206,7 @@ def read_config(config: Config, fields: Mapping[str, Any] | None = None) -> Conf
     copied = config.copy_and_resolve_references() if isinstance(config, ConfigDict) else config_files.read(config)
     fields = mapping("fields", fields, '{"optim.lr": 3e-4}')
     declarations.require(copied, fields)
+    fields = declarations.flatten(fields, configs.declared(copied.objective))
     wrong = (KeyError, TypeError, ValueError, AttributeError)
     with explained(f"fields={fields!r} do not fit the config", "give values of the fields' types", *wrong):
         copied.update_from_flattened_dict(fields)

@@ -169,7 +169,7 @@ class ClipSource:
         """The Spec, with `source` as its source; a UserError where a bare file does not state heads and activation."""
         if self.spec is None:
             problem = f"{self.where} ({self.kind}) does not specify the number of heads and the activation"
-            advice = "give --config=configs/vitl14.py, in Python spec='vitl14', or the whole folder of open_clip"
+            advice = "give --config=configs/vitl14.py (Python: load(..., spec='vitl14')), or the whole folder"
             raise UserError(f"{problem}: {advice}")
         return dataclasses.replace(self.spec, source=source)
 
@@ -256,9 +256,7 @@ def open_source(source: str, field: str = "--source") -> ClipSource:
         prepared = newer.get("image_processor", older)
         spec, silent = names.from_transformers(formats.read_json(folder / "config.json"), prepared, where)
         if silent:
-            say_once(
-                f"note: {where}: {listing(sorted(silent))} as open_clip runs these weights, not as config.json says"
-            )
+            say_once(f"note: {where}: {listing(sorted(silent))} as open_clip runs them, not as config.json says")
         tensors = names.to_open_clip_names(tensors, spec, where)
         return ClipSource(where, "transformers folder", tensors, spec, silent, tokenizer)
     tensors = _open_clip_names(tensors, where)

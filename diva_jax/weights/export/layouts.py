@@ -266,7 +266,10 @@ def _run_original(path: Path, fmt: str, spec: Spec, source: ClipSource) -> str:
     elif fmt == "open_clip":
         theirs = open_clip_embeddings(path, images, text)
     else:
-        theirs = (tower_pooled(library, path, spec, images),)
+        try:
+            theirs = (tower_pooled(library, path, spec, images),)
+        except UserError as e:  # What the library cannot say in a config, a state dict need not.
+            return f"not run through {library}: {e}"
     gc.collect()  # PyTorch's modules hold reference cycles; their memory is needed for our model.
     if keys:
         raise RunError(f"{library} finds keys missing or unexpected: {listing(keys, 5)}; nothing was exported")

@@ -1,6 +1,8 @@
 """`diva_jax.load` and `diva_jax.objective`: the numbers of evaluation and training, errors of one sentence."""
 
+import importlib
 import json
+import sys
 from pathlib import Path
 
 import jax
@@ -51,8 +53,7 @@ def test_every_form_of_images(encoder, clip, tmp_path):
         np.testing.assert_allclose(encoder.encode_image(given_as[2]), want[2:3], atol=2e-5)
     np.testing.assert_array_equal(np.stack([encoder.preprocess(p) for p in given]), pixels)
     np.testing.assert_allclose(encoder.encode_image(p for p in given[:2]), want[:2], atol=2e-5)
-    wide = Image.fromarray(np.arange(40 * 30, dtype=np.uint16).reshape(40, 30) * 50)
-    wide.save(tmp_path / "wide.png")
+    (wide := Image.fromarray(np.arange(1200, dtype=np.uint16).reshape(40, 30) * 50)).save(tmp_path / "wide.png")
     np.testing.assert_array_equal(encoder.preprocess(wide), encoder.preprocess(tmp_path / "wide.png"))
     assert encoder.encode_image([]).shape == encoder.encode_text([]).shape == (0, encoder.spec.embed_dim)
     found = encoder.encode_image((given * 4)[:19], normalise=True)  # More than a batch.
@@ -63,7 +64,7 @@ def test_every_form_of_images(encoder, clip, tmp_path):
 def test_a_bare_file_needs_a_spec_and_texts_are_those_of_the_text_tower(clip, tmp_path, encoder):
     bare = tmp_path / "tower.safetensors"
     bare.write_bytes((clip / "open_clip_model.safetensors").read_bytes())
-    refused("does not specify the number of heads .*in Python spec=", diva_jax.load, bare)
+    refused("does not specify the number of heads .*Python: load.*spec=", diva_jax.load, bare)
     found = diva_jax.load(bare, spec=EVAL_CLIP)
     assert found.spec.width == EVAL_CLIP.width and found.arrays
     refused("has no tokenizer", found.encode_text, "x")
@@ -169,6 +170,13 @@ def test_it_is_the_loss_and_the_gradient_of_training(loss):
     assert found.loss not in (loss(batch, step=3).loss, loss(batch, changed, step=2).loss)
 
 
+def test_a_loss_follows_the_run(files):
+    follows = diva_jax.objective(get_config(f"salm:{files}"))
+    batch = follows.batch([patch(i) for i in range(8)])
+    found = [follows(batch, step=step).metrics["gamma"] for step in (0, follows.config.steps)]
+    assert found == pytest.approx([1.0, 0.1])
+
+
 def test_batches_are_cropped_as_in_training(loss):
     c, image = loss.config.data.crop, patch(1)
     batch = loss.batch([image, image], seed=5)
@@ -202,11 +210,15 @@ def test_bad_batches_are_one_sentence(loss):
     refused("2 images need as many texts", lambda: loss.batch([patch(0), patch(1)], ["one"]))
 
 
-def test_configs_as_arguments(tmp_path):
+def test_configs_as_arguments(tmp_path, monkeypatch):
     path = tmp_path / "mine.py"
     path.write_text("from diva_jax import config\ndef get_config(arg=None):\n    return config.default('vitl14')\n")
     found = api.read_config(path, {"optim.lr": 3e-4, "steps": 7})
     assert (found.optim.lr, found.steps, found.is_locked) == (3e-4, 7, True)
     assert api.read_config(found, {"steps": 8}).steps == 8 and found.steps == 7
+    sections = api.read_config(found, {"optim": {"lr": 0.1}, "data.crop": {"scale": (0.5, 1.0)}})  # Others stay.
+    assert sections == api.read_config(found, {"optim.lr": 0.1, "data.crop.scale": (0.5, 1.0)})
+    monkeypatch.setitem(sys.modules, "outside.data", importlib.import_module("outside.rotations"))
+    refused("another section 'data', rename the module", api.configs.default, objective="outside.data")
     path.write_text("def get_config():\n    raise RuntimeError('no')\n")
     refused("mine.py does not make a config .RuntimeError: no", api.read_config, path)
