@@ -25,9 +25,7 @@ def main(arguments: list[str]) -> int:
     """Prints the commands, or what a name that is none may mean; returns the exit code."""
     found = dict(commands())
     if wrong := [a for a in arguments if a not in ("-h", "--help")]:
-        said = errors.unknown(
-            "there is no command python -m diva_jax", wrong[:1], found, "python -m diva_jax lists all"
-        )
+        said = errors.unknown("no command python -m diva_jax", wrong[:1], found, "python -m diva_jax lists all")
         print(f"error: {said}", file=sys.stderr)
         return 2
     width = max(map(len, found)) + 13

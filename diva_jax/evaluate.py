@@ -28,9 +28,7 @@ _CONTROL = flags.DEFINE_string(
     "One of --weights, not the first, tuned with a signal that can teach nothing: the others are compared "
     "with it too, and the report says where they are not better.",
 )
-_BEST = flags.DEFINE_bool(
-    "best", False, "Names a run's best checkpoint, and says how good the best of as many would be by chance."
-)
+_BEST = flags.DEFINE_bool("best", False, "Name a run's best checkpoint, with how good the best would be by chance.")
 _TASK = flags.DEFINE_list("task", [], "Modules of diva_jax.evals.tasks, such as mmvp,choice, or dotted paths.")
 _DATA = flags.DEFINE_multi_string("data", [], "TASK=PATH, repeatable; PATH suffices if there is one task.")
 _OUT = flags.DEFINE_string("out", None, "Folder for results.json and predictions.csv.")

@@ -43,9 +43,7 @@ class Settings:
         "A training run is evaluated on these, texts TASK=PATH such as mmvp=data/MMVP_VLM.",
         Rule(lambda entries: all(isinstance(e, str) for e in entries), "must be texts TASK=PATH"),
     )
-    batch_size: int = field(
-        64, "A forward pass has this many images or texts over all devices; no effect on scores.", at_least(1)
-    )
+    batch_size: int = field(64, "Images or texts per pass over all devices; scores do not depend on it.", at_least(1))
     bootstrap: int = field(10_000, "Each interval is that of this many resamples.", at_least(1))
     seed: int = field(0, "The seed of the resamples and of all random draws of a task.", at_least(0))
     dtype: str = choice(("float32", "bfloat16"), "The towers' dtype; float32 uses the chip's full precision.")

@@ -38,9 +38,7 @@ class Lora:
 
     rank: int = field(16, "The rank of each layer's update.", at_least(1))
     alpha: float = field(16.0, "The update is scaled by alpha / rank.", above(0))
-    dropout: float = field(
-        0.0, "The probability that an element of an adapter's input is dropped in training.", below(0, 1)
-    )
+    dropout: float = field(0.0, "The share of an adapter's input that is dropped in training.", below(0, 1))
     targets: str = field(
         BLOCKS,
         "The layers whose path in the model, e.g. blocks/3/mlp/fc1, matches this regular expression are adapted.",

@@ -79,9 +79,7 @@ class GenHancerOptions:
         "The warm-up is that of config.optim, 10 steps (exact), or there is none, as the authors' schedule ignores "
         "it (faithful)."
     )
-    siglip_head_out: str = switch(
-        "The output of SigLIP's head is adapted (exact), or its bias alone trained (faithful)."
-    )
+    siglip_head_out: str = switch("SigLIP's head output is adapted (exact), or its bias alone trained (faithful).")
     siglip_gelu: str = switch("SigLIP's activation is config.backbone.activation (exact), or tanh's GELU (faithful).")
     denoiser: FlowConfig = FlowConfig()
     vae: GenHancerVae = GenHancerVae()

@@ -48,9 +48,7 @@ class KueaOptions:
         "The warm-up holds from the first step on (exact), or the first step has the peak learning rate (faithful)."
     )
     teacher_norm: str = switch("The teacher's input has its own mean and std (exact), or the backbone's (faithful).")
-    teacher_resize: str = switch(
-        "The teacher's input is made of the image (exact), or of the backbone's view (faithful)."
-    )
+    teacher_resize: str = switch("The teacher's input is made of the image (exact), or the backbone's view (faithful).")
     teacher_crop_from: int = field(
         256, "With teacher_resize=exact, images are resized to this before the crop [pixels].", at_least(0)
     )

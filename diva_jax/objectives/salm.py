@@ -66,9 +66,7 @@ class SalmOptions:
     layer: int = field(6, "With teacher=self, the tokens are those after this block.", between(1, 1024))
     mask: float = field(0.75, "This share of the patches is masked.", between(0, 1))
     preserve_weight: float = field(5.0, "The distance to the untuned tower is weighted with this.", between(0, 1e38))
-    beta: tuple[float, float] = field(
-        (0.0, 1.0), "The reconstruction's weight in the first and last quarter of steps.", _TWO
-    )
+    beta: tuple[float, float] = field((0.0, 1.0), "The reconstruction's weight in the first and last quarter.", _TWO)
     gamma: tuple[float, float] = field((1.0, 0.1), "The alignment's weight in the first and last quarter.", _TWO)
     curriculum: bool = field(True, "Whether weights change linearly over quarters two and three; if not, the last.")
     uniformity_weight: float = field(0.01, "The uniformity of embeddings is weighted with this.", between(0, 1e38))

@@ -60,7 +60,6 @@ def program(z, **switches: str) -> tuple[Program, dict[str, jax.Array]]:
 
 def trajectory(z, **switches: str) -> dict[str, np.ndarray]:
     """Every step through the program that trains: lr, the losses before the update, gamma and c used and after it.
-
     Where gamma and c are constant, `gamma_coef0_leaf` is what AdamW makes of a copy that no forward pass reads, as
     it is in the authors' code.
     """

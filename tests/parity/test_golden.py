@@ -82,8 +82,7 @@ FLUX = FluxVAEConfig(**SIZES)
 
 def loaded(source) -> VAE:
     graph, state = nnx.split(abstract(lambda rngs: VAE(FLUX, rngs=rngs)))
-    opened = parts.diffusers(str(source), FLUX, "config.genhancer.vae").open()
-    return nnx.merge(graph, opened.fill(state))
+    return nnx.merge(graph, parts.diffusers(str(source), FLUX, "config.genhancer.vae").open().fill(state))
 
 
 def test_flux_encoder_from_every_layout(tmp_path):

@@ -272,7 +272,6 @@ def test_salm(teacher, visible):
     adapter, average = Adapter(c.salm.adapter, *sizes, spec.patches, visible == "added"), copy.deepcopy(tower)
     adapter.load_state_dict(part_tensors(p, arrays, "adapter", ADAPTER))
     dino = tower_of(p, arrays, "teacher", teacher_spec) if frozen_teacher else torch_tower(teacher_spec)
-
     module = p.skeleton.merge(arrays)
 
     def want_of(i, batch, key):

@@ -175,8 +175,7 @@ def test_where_all_are_damaged_nothing_is_begun_anew(workdir):
     before = content(workdir)
     says = r"none of the 3 checkpoints .*manifest.ocdbt is missing or empty.*begin anew"
     refused(says, checkpoint.restore_newest, workdir, abstract)
-    assert content(workdir) == before
-    assert checkpoint.restore_newest(workdir / "nothing", abstract) is None
+    assert content(workdir) == before and checkpoint.restore_newest(workdir / "nothing", abstract) is None
 
 
 def test_checkpoints_without_checksums_are_read_with_a_note(workdir, capsys):
@@ -225,8 +224,7 @@ def test_a_checkpoint(tmp_path, monkeypatch, limited, capfd):
         failed("step 6: .* there is no earlier one: make room", first.save, 6, large_state(6), {}, {}, wait=True)
         says = r"step 6: no checkpoint can be written .* one is of step 3: make room"
         failed(says, checkpoints.save, 6, large_state(6), {"batches": 6}, {}, wait=True)
-    assert checkpoint.steps(tmp_path) == [3]
-    assert [f.name for f in (tmp_path / "checkpoints").iterdir()] == ["3"]
+    assert checkpoint.steps(tmp_path) == [3] and [f.name for f in (tmp_path / "checkpoints").iterdir()] == ["3"]
     # What else is printed is dropped by the command, see `cli._on_unraisable`.
     assert not [line for line in capfd.readouterr().err.splitlines() if "ERROR" in line or "Error writing" in line]
 

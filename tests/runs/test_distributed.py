@@ -66,7 +66,6 @@ def test_one_run_over_two_four_and_one_processes(files, tmp_path):
     saved = checkpoint.latest_step(workdir)
     assert 2 <= saved < STEPS and f"SIGTERM: saved step {saved}" in ends[0][1]
     assert not re.search("^(step|stage|total) ", ends[1][1], re.M), "only process 0 prints"
-
     four = start_all(files, workdir, 4, "--config.mesh.fsdp=2")
     wait_for_step(four[0], saved + 2)
     four[2].kill()

@@ -107,8 +107,7 @@ def test_the_line_says_what_differs(folder, capfd, tmp_path):
         ({}, 1, "the devices ('2 x cpu' there, '1 x cpu' here)"),
     ):
         p = small.program(rotations(**fields), devices)
-        assert compiler.load_executable(folder, 0, lowered(p), p) is None
-        assert said in capfd.readouterr().out
+        assert compiler.load_executable(folder, 0, lowered(p), p) is None and said in capfd.readouterr().out
     refused("aot --save", compiler.saved_in, str(tmp_path))
 
 
@@ -128,8 +127,7 @@ def test_options_are_the_row_of_the_chip(monkeypatch):
 
 
 def test_the_form_of_options():
-    assert compiler.parse("") == {}
-    assert compiler.parse("a=1, b=false") == {"a": "1", "b": "false"}
+    assert compiler.parse("") == {} and compiler.parse("a=1, b=false") == {"a": "1", "b": "false"}
     for bad in ("a", "a=", "=1", "a=1,", "a=1=2", "a=1,a=2", ","):
         refused("config.compiler_options=.*NAME=VALUE", config.validate, small.small_config(compiler_options=bad), 1)
 

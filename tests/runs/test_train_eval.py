@@ -119,8 +119,7 @@ def test_a_resumed_run_logs_the_same(files, photos, ran, tmp_path, capsys):
     workdir = tmp_path / "run"
     shutil.copytree(ran, workdir)
     shutil.rmtree(workdir / "checkpoints" / str(TOTAL))
-    assert train(evaluating(files, photos), workdir)
-    assert evaluations(workdir) == evaluations(ran)
+    assert train(evaluating(files, photos), workdir) and evaluations(workdir) == evaluations(ran)
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("evaluated step")]
     assert len(said) == 1 and said[0].startswith("evaluated step 5 in ")
     assert "feedback/gap_other" in said[0] and "drift/cosine" in said[0] and "by_timestep" not in said[0]

@@ -95,7 +95,6 @@ def prepared(name: str, path, bootstrap: int = 300, **options) -> evals.Task:
 
 def evaluated(task: evals.Task, kind=FakeModel):
     """Evaluates two models, and asserts what holds for every task: the scores' intervals, the differences, the rows.
-
     Returns:
       (the first model, its outcome, the comparison with the second).
     """

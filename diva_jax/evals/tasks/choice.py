@@ -27,9 +27,7 @@ _MAX_PATTERNS = 30
 class ChoiceOptions:
     """The section `config.eval.choice`."""
 
-    layout: str = choice(
-        ("", *LAYOUTS), "A file without a published name has this layout; if empty, the name tells it."
-    )
+    layout: str = choice(("", *LAYOUTS), "A file without a published name has this layout; if empty, the name says it.")
     images: str = field("", "The images are in this folder; if empty, in that of the file.")
     allow_partial: bool = field(False, "Whether a published file may have another number of items.")
 

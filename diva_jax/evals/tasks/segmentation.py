@@ -43,11 +43,9 @@ class SegmentationOptions:
         at_least(0),
     )
     scale: float = field(40.0, "Cosines are multiplied by this before the softmax.", above(0))
-    background: float = field(
-        0.0, "Where no class is as probable as this, a set that has a background has it there.", below(0, 1)
-    )
+    background: float = field(0.0, "A set with a background has it where no class is as probable as this.", below(0, 1))
     classes: str = field(
-        "", "A text file with a line per class, synonyms separated by commas; if empty, the set's own are used."
+        "", "A text file with a line per class, synonyms separated by commas; if empty, the set's own."
     )
     allow_partial: bool = field(False, "Whether a set may have fewer images than the published one.")
 

@@ -139,8 +139,7 @@ def test_timestep_embedding():
 
 def test_head_counts():
     heads = lambda **kw: UNetConfig.from_dict(SD21_BASE | kw).heads  # noqa: E731
-    assert heads() == (5, 10, 20, 20)
-    assert heads(attention_head_dim=8) == (8, 8, 8, 8)
+    assert heads() == (5, 10, 20, 20) and heads(attention_head_dim=8) == (8, 8, 8, 8)
     assert heads(attention_head_dim=64, num_attention_heads=[5, 5, 10, 10]) == (5, 5, 10, 10)
 
 

@@ -172,9 +172,7 @@ def test_originals_compute_what_the_evaluation_does(objective, source, tmp_path)
     pixels = np.stack([images.prepare(patch(i), spec.image_size, spec.resize_mode, "bicubic") for i in range(COUNT)])
     view = normalise(to_float(pixels), spec.mean, spec.std)
     rest = {n: np.zeros(a.shape, a.dtype) for n, a in p.arrays.items() if n not in params}
-    trained = jax.jit(lambda a, x: p.skeleton.merge(a).vision.encode(x).pooled)({**rest, **params}, view)
-    close(want, trained, 2e-5)
-
+    close(want, jax.jit(lambda a, x: p.skeleton.merge(a).vision.encode(x).pooled)({**rest, **params}, view), 2e-5)
     found = origins.open_run(tmp_path / "run")
     assert ("text" in merged) == (objective == "smartclip") and found.run["tuned"] == sorted(merged)
     # Texts of several lengths, if it has a text tower; the highest id is that of the end.

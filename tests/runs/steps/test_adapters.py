@@ -90,7 +90,6 @@ def test_dropout_depends_on_the_image_and_the_layer_alone():
     order = np.asarray([2, 0, 3, 1])
     np.testing.assert_allclose(encode(x[order], keys[order]), dropped[order], rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(np.asarray(tower.encode(x).pooled), plain)  # Outside of the context.
-
     layer = tower.blocks[0].attn.qkv.lora
     masked = layer._dropped(jnp.ones((2000, small.SPEC.width)), jax.random.split(jax.random.key(0), 2000))
     assert masked.mean() == pytest.approx(1, abs=0.02) and set(np.unique(masked)) == {0.0, 2.0}

@@ -57,7 +57,6 @@ def test_scores_are_those_of_the_rows(folders):
     test = compared["scores"]["acc1"]["mcnemar"]
     assert test["won"] == (now & ~right).sum() and test["lost"] == (right & ~now).sum()
     assert compared["scores"]["mean_per_class_recall"]["mcnemar"] is None
-
     broken, drawn = FakeModel(), FakeModel().draw(13)
     drawn[:2] = np.nan
     broken.images = lambda *_, **__: dict.fromkeys(("pooled", "published"), drawn)

@@ -129,8 +129,7 @@ def test_class_lists_and_names_from_a_file(tmp_path):
     ids = {"person": 1, "stop sign": 13, "wine glass": 46, "toothbrush": 90, "banner": 92, "wood": 182}
     stuff, context = (segmentation.SETS[name] for name in ("coco_stuff", "context59"))
     assert {name: stuff.values[stuff.names.index(name)] + 1 for name in ids} == ids
-    assert len(set(stuff.names)) == 171 and len(set(context.names)) == 59
-    assert context.names.index("potted plant") == 39
+    assert len(set(stuff.names)) == 171 and len(set(context.names)) == 59 and context.names.index("potted plant") == 39
     for found in segmentation.SETS.values():
         assert len(found.values) == found.classes and not set(found.values) & set(found.ignored)
     write(tmp_path / "voc", "voc20")

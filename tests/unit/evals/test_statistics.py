@@ -203,7 +203,6 @@ def test_the_best_by_chance_is_that_of_all_exchanges(clusters):
 
 @pytest.mark.parametrize("gain, claimed", [(0.0, False), (0.3, True)])
 def test_the_sentence_on_the_best(gain, claimed):
-    """Of checkpoints that are compared with the mean of a group of two."""
     task, group, after = Marks(), outcomes(2, 0.4, n=240), outcomes(4, 0.4 + gain, seed=5, n=240)
     labels = [f"run:{i}" for i in range(4)]
     by_label = [("ref", {"m": b}) for b in group] + [(label, {"m": a}) for label, a in zip(labels, after, strict=True)]

@@ -54,7 +54,6 @@ def test_optimizer_state_lies_as_its_parameters_and_bytes_per_device_fall():
             assert leaf.sharding == p.shardings[key], path
             split += "fsdp" in leaf.sharding.spec
     assert split > 10
-
     shapes = [(a.sharding.shard_shape(a.shape), a.dtype.itemsize) for a in p.arrays.values()]
     whole = sum(a.size * a.dtype.itemsize for a in p.arrays.values())
     assert sum(np.prod(shape) * size for shape, size in shapes) < whole / 3

@@ -230,8 +230,7 @@ def test_an_arm_above_both_and_one_below(tmp_path):
     score = found["labels"].scores[SEEN]
     assert abs(score - 70) < 5 and f"| `labels` | 5 | {score:.1f} |" in text and "seeds [" in text
     comparison.write_pareto(found, tmp_path / "pareto.png")
-    assert Image.open(tmp_path / "pareto.png").width == 1440
-    assert {c.holds for c in of_labels(rows(shares))} == {True}
+    assert Image.open(tmp_path / "pareto.png").width == 1440 and {c.holds for c in of_labels(rows(shares))} == {True}
     assert False in {c.holds for c in of_labels(rows(shares | {"labels": 0.5}))}
 
 
