@@ -141,7 +141,7 @@ def test_search_finds_the_largest_batch(toy, monkeypatch, capsys, largest, weigh
     toy.batch_size = 4 * 8
     found = aot.search(toy, "v5e:2x2")
     assert (found["images"], found["fits"]) == (min(max(largest, 1), 256), largest > 0)
-    asked = [int(line.split()[2][:-1]) for line in capsys.readouterr().out.splitlines()]
+    asked = [int(line.split()[2][:-1]) for line in capsys.readouterr().err.splitlines()]
     assert len(asked) <= 6 and asked == (tries or asked)
 
 
