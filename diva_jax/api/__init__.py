@@ -265,7 +265,11 @@ def objective(config: Config, fields: Mapping[str, Any] | None = None) -> Loss:
 
 @named()
 def train(
-    config: Config, workdir: str | os.PathLike, *, fields: Mapping[str, Any] | None = None, init_from: str | None = None
+    config: Config,
+    workdir: str | os.PathLike,
+    *,
+    fields: Mapping[str, Any] | None = None,
+    init_from: str | os.PathLike | None = None,
 ) -> str:
     """Trains, or resumes from the last checkpoint in the workdir.
 
@@ -284,7 +288,7 @@ def train(
       KeyboardInterrupt: SIGTERM or the first SIGINT came; the run is saved, and the same call resumes it.
     """
     workdir = os.fspath(workdir)
-    run = loop.Run(read_config(config, fields), workdir, init_from)
+    run = loop.Run(read_config(config, fields), workdir, init_from and os.fspath(init_from))
     if not run.run():
         raise KeyboardInterrupt(f"saved; the same call resumes {workdir}")
     return workdir
