@@ -265,11 +265,7 @@ def objective(config: Config, fields: Mapping[str, Any] | None = None) -> Loss:
 
 @named()
 def train(
-    config: Config,
-    workdir: str | os.PathLike,
-    *,
-    fields: Mapping[str, Any] | None = None,
-    init_from: str | os.PathLike | None = None,
+    config: Config, workdir: str | os.PathLike, *, fields: Mapping[str, Any] | None = None, init_from: str | None = None
 ) -> str:
     """Trains, or resumes from the last checkpoint in the workdir.
 
