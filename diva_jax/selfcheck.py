@@ -77,10 +77,11 @@ def check(config, workdir: epath.Path | None, unless_kept: bool = False) -> Tabl
     if not toy:
         cases = device_checks.cases_of(step.trace(None)) if device.platform == "tpu" else ()
     names, file = {case.name for case in cases}, compiler.checked_file(kind, workdir)
-    kept = unless_kept and file.exists() and names <= compiler.checked_kernels(kind, workdir).keys()
-    if unless_kept and not distributed.any_failed(not kept):
-        say(f"this device was checked before: {file}")
-        return None
+    if unless_kept:
+        kept = file.exists() and names <= compiler.checked_kernels(kind, workdir).keys()
+        if not distributed.any_failed(not kept):
+            say(f"this device was checked before: {file}")
+            return None
     table.add("machine", _about)
     if toy or not cases or setting == compiler.XLA:
         step.trace(frozenset())

@@ -102,12 +102,13 @@ class Loss:
         with self._program.tracing():
             keys = image_keys(key, step, batch["row"])
 
-            p, last = self._program, self._program.stages[-1]
-            progress = Progress((step - last.start) / last.steps, p.skeleton.merge(params, frozen))
-            more = (progress,) if p.objective.follows_run else ()
+            p, progress = self._program, ()
+            if p.objective.follows_run:
+                done = (step - p.stages[-1].start) / p.stages[-1].steps
+                progress = (Progress(done, p.skeleton.merge(params, frozen)),)
 
             def loss(params):
-                return p.skeleton.merge(params, frozen).loss(batch, keys, *more)
+                return p.skeleton.merge(params, frozen).loss(batch, keys, *progress)
 
             (value, metrics), gradients = jax.value_and_grad(loss, has_aux=True)(params)
             return value, metrics, gradients
@@ -205,8 +206,8 @@ def read_config(config: Config, fields: Mapping[str, Any] | None = None) -> Conf
         raise UserError(f"config={brief(config)} is no config: give a result of config.default, a file or a name")
     copied = config.copy_and_resolve_references() if isinstance(config, ConfigDict) else config_files.read(config)
     fields = mapping("fields", fields, '{"optim.lr": 3e-4}')
-    declarations.require(copied, fields)
     fields = declarations.flatten(fields, configs.declared(copied.objective))
+    declarations.require(copied, fields)
     wrong = (KeyError, TypeError, ValueError, AttributeError)
     with explained(f"fields={fields!r} do not fit the config", "give values of the fields' types", *wrong):
         copied.update_from_flattened_dict(fields)

@@ -34,7 +34,7 @@ def is_remote(path) -> bool:
 
 def folder(path, flag: str) -> epath.Path:
     """A folder on this machine or in a bucket, as the user gives it with `flag`: "~/runs/a" or "gs://bucket/runs/a". A
-    UserError where the bucket cannot be reached, or what reaches it is not installed."""
+    UserError where the bucket may not be read, or what reads it is not installed; else as `explained`."""
     if not is_remote(path):
         return epath.Path(path).expanduser()
     # The store has errors of its own, from DNS to a right that is missing.
@@ -43,8 +43,8 @@ def folder(path, flag: str) -> epath.Path:
             remote = epath.Path(path)
             remote.exists()
         except (ImportError, KeyError) as e:
-            why = "has a scheme that is not supported: use gs://..."
-            why = "needs gcsfs: pip install -e '.[gcs]'" if str(path).startswith("gs://") else why
+            install, other = "needs gcsfs: pip install -e '.[gcs]'", "has a scheme that is not supported: use gs://..."
+            why = install if str(path).startswith("gs://") else other
             raise UserError(f"{flag}={path} {why}, or a folder on this machine") from e
     return remote
 

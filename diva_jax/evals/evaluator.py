@@ -129,7 +129,8 @@ class Evaluator:
             comparisons = []
             for before, after in pairs:
                 compared = seeds.compare(task, by_label[before], by_label[after])
-                mine += compared.pop("rows", []) * (before == labels[0])
+                of_images = compared.pop("rows", [])
+                mine += of_images if before == labels[0] else []
                 comparisons.append({"before": before, "after": after, **compared})
             tasks[name] = {
                 "title": task.title,

@@ -156,8 +156,9 @@ def best_notes(
     strata = np.zeros(n, int) if before.strata is None else np.unique(before.strata, return_inverse=True)[1]
     weights = 100 / (np.bincount(strata)[strata] * (strata.max() + 1))
     clusters = np.arange(n) if before.clusters is None else before.clusters
+    held = {label: found[name].held for label, found in outcomes}
     for run, labels in several.items():
-        values = [task.values(metric, dict(outcomes)[label][name].held).values for label in labels]
+        values = [task.values(metric, held[label]).values for label in labels]
         changes, count = np.stack([(after - reference) * weights for after in values]), len(labels)
         chance = largest_by_chance(changes, clusters, settings.bootstrap, settings.seed)
         means = changes.sum(axis=1)

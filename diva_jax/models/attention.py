@@ -116,7 +116,8 @@ def _backward(kept, g: Array):
     to_weights = jnp.einsum("bnhd,bmhd->bhnm", g, v)
     # The mean for each query. Where it is summed as the weights are, the gradient to a bias of the keys is zero up to
     # rounding, as it should be; the sum of output times gradient is the same with more rounding.
-    to_scores = weights * (to_weights - jnp.sum(weights * to_weights, axis=-1, keepdims=True))
+    mean = jnp.sum(weights * to_weights, axis=-1, keepdims=True)
+    to_scores = weights * (to_weights - mean)
     scale = q.shape[-1] ** -0.5
     return (
         jnp.einsum("bhnm,bmhd->bnhd", to_scores, k) * scale,

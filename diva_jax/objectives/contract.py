@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -126,7 +126,7 @@ class Cacheable(NamedTuple):
     parts: Mapping[str, Part]  # Prefix of parameter names -> source, of the models.
     make: Callable[[Mapping[str, jax.Array]], jax.Array]  # Batch -> array [B, *shape].
     reads: tuple[str, ...] = ("image",)  # The inputs that it is made of; "caption": it depends on the record's text.
-    tokenizer: Callable[[], Sequence[Path]] | None = None  # The files that make a text its input, if any.
+    tokenizer: Callable[[], str | Path] | None = None  # The folder of what makes a text its input, if any.
 
 
 @dataclasses.dataclass(frozen=True)

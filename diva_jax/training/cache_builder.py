@@ -22,7 +22,7 @@ from diva_jax.data.latent_cache import DTYPE, FILE, Cache, Entry, Manifest, is_c
 from diva_jax.data.pipeline import Decoder
 from diva_jax.training import distributed, workdirs
 from diva_jax.training.step import Program
-from diva_jax.weights import formats
+from diva_jax.weights import formats, origins
 
 
 def described(program: Program) -> tuple[dict, dict[str, tuple[int, ...]], bool]:
@@ -33,7 +33,8 @@ def described(program: Program) -> tuple[dict, dict[str, tuple[int, ...]], bool]
         files = [file for part in wanted.parts.values() for file in part.open().tensors.files]
         found[name] = {**wanted.facts, "weights": formats.fingerprint(files)}
         if wanted.tokenizer:
-            found[name]["tokenizer"] = formats.fingerprint(wanted.tokenizer())
+            files = origins.tokenizer_files(paths.expanded(wanted.tokenizer()))
+            found[name]["tokenizer"] = formats.fingerprint(files)
     found = found["moments"] if list(found) == ["moments"] else found
     facts, shapes = {**found, "crop": program.config.data.crop.to_dict()}, {n: w.shape for n, w in cacheable.items()}
     return facts, shapes, any("caption" in w.reads for w in cacheable.values())

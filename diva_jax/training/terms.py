@@ -134,9 +134,10 @@ def with_terms(kind: type[Objective]) -> type[Objective]:
                 described = dataclasses.asdict(dataclasses.replace(of, source=""))
                 facts = {"spec": described, "image": str(terms.image), "dtypes": terms.dtypes}
                 source = {name: open_part(of.source, of, section)}
-                files = functools.partial(parts.tokenizer_files, of.source, terms.contrast.tokenizer)
-                rest = functools.partial(self._frozen, name), reads, files if name == "contrast" else None
-                found[name] = Cacheable((of.embed_dim,), facts, source, *rest)
+                make, folder = functools.partial(self._frozen, name), None
+                if name == "contrast":
+                    folder = lambda: terms.contrast.tokenizer or parts.tokenizer_folder(terms.spec.source)  # noqa: E731
+                found[name] = Cacheable((of.embed_dim,), facts, source, make, reads, folder)
             return found
 
         def pretrained(self):

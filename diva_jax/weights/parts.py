@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from diva_jax.common import log, paths
+from diva_jax.common import log
 from diva_jax.common.errors import UserError
 from diva_jax.data import tokenizers
 from diva_jax.models import layers
@@ -253,11 +253,6 @@ def tokenizer_folder(source: str, field: str = "config.backbone.source") -> Path
         return checkpoint.tokenizer[0].parent
     where = Path(checkpoint.where)
     return where if where.is_dir() else where.parent
-
-
-def tokenizer_files(source: str, folder: str) -> Sequence[Path]:
-    """The files of the tokenizer in a folder, or where this is empty in that of the source of weights."""
-    return origins.tokenizer_files(paths.expanded(folder or tokenizer_folder(source)))
 
 
 def tokenizer(source: str, text: TextSpec, folder: str, field: str) -> Callable[[], tokenizers.Tokenizer]:

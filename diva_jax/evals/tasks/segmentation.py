@@ -175,7 +175,8 @@ def classify(cosines: np.ndarray, owner: np.ndarray, scale: float, background: f
 def _encoded(labels: np.ndarray) -> str:
     """A map of classes as a small PNG in base64; 255 where it is ignored."""
     image = Image.fromarray(np.where(labels < 0, 255, labels).astype(np.uint8))
-    size = [max(1, round(min(1.0, _MAP_SIDE / max(image.size)) * x)) for x in image.size]
+    ratio = min(1.0, _MAP_SIDE / max(image.size))
+    size = [max(1, round(ratio * x)) for x in image.size]
     image.resize(size, Image.Resampling.NEAREST).save(buffer := io.BytesIO(), "PNG", optimize=True)
     return base64.b64encode(buffer.getvalue()).decode()
 
