@@ -1,4 +1,4 @@
-"""Encodes a data set once: python -m diva_jax.cache_latents --config=configs/vitl14.py --out=DIR [--crops=4].
+"""Encodes a data set into a cache: python -m diva_jax.cache_latents --config=configs/vitl14.py --out=DIR [--crops=4].
 
 Writes what the objective's frozen models make of crops of every image of `config.data.path`, with the crops' boxes: the
 moments of a VAE, the embeddings that the terms of the config compare with, a teacher's tokens. Runs with

@@ -1,4 +1,4 @@
-"""Trains: python -m diva_jax.main --config=configs/vitl14.py --workdir=runs/vitl14 [--config.FIELD=VALUE ...].
+"""Trains an encoder: python -m diva_jax.main --config=configs/vitl14.py --workdir=runs/vitl14 [--config.FIELD=VALUE].
 
 The same command resumes from the last checkpoint, or prints that the run is done. SIGTERM saves a checkpoint and ends
 the process with exit code 0. On a TPU slice or under Slurm, the same command on every machine starts one run; elsewhere

@@ -1,10 +1,10 @@
-"""Checks an accelerator: python -m diva_jax.selfcheck [--config=configs/vitl14.py] [--workdir=runs/vitl14].
+"""Checks a machine's accelerators: python -m diva_jax.selfcheck [--config=configs/vitl14.py] [--workdir=runs/vitl14].
 
 The first command to run on a new machine; it takes at most five minutes and prints one table: versions and devices;
 each of this package's kernels forward and backward against XLA's operations, at the shapes of the config; collectives
 over all devices; a checkpoint written to the place of the workdir and read back; a train step of the config, with
-random weights, on made-up images; the images per second that this host decodes. The last line is for the report of an
-issue. The exit code is 1 where a check failed; "slow" is no failure, and "-" is not known.
+random weights, on made-up images; the images per second that this host decodes. The last line can be pasted
+into an issue. The exit code is 1 if a check failed; "slow" is not a failure, and "-" means that a result is not known.
 
 Results of kernels are kept by versions and kind of device in ~/.cache/diva_jax, or in a workdir in a bucket, where
 config.kernels=auto reads them. On a slice, start the same command on every machine. On a CPU all sizes are those of a
@@ -32,7 +32,7 @@ _CONFIG = cli.define_config("The config whose shapes are checked. Default: confi
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run to come, or gs://...; a checkpoint is tried there.")
 _UNLESS = flags.DEFINE_bool("unless_kept", False, "Do nothing where results for this kind of device are kept.")
 
-_SECONDS, _KERNELS_SECONDS = 240.0, 150.0  # Of the whole check, and of that of the kernels.
+_SECONDS, _KERNELS_SECONDS = 240.0, 150.0  # Time limits of the whole check and of the check of kernels.
 
 
 @dataclasses.dataclass

@@ -1,4 +1,4 @@
-"""Writes a report: python -m diva_jax.report DIR.
+"""Writes a report on a run or an evaluation as an HTML page: python -m diva_jax.report DIR.
 
 DIR is the --out folder of diva_jax.evaluate or a training workdir. The report is written to DIR/report.html and
 DIR/report/*.png.

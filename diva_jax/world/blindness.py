@@ -1,4 +1,4 @@
-"""What an encoder of the world sees: pairs that differ in one fact, names of objects, probes.
+"""Measures what an encoder of the small world sees: pairs that differ in one fact, names of objects, probes.
 
     python -m diva_jax.world.blindness --out=data/world_pairs     # the pairs in MMVP-VLM's layout
     python -m diva_jax.evaluate --config=configs/world.py --task=mmvp --data=data/world_pairs ...
@@ -31,11 +31,11 @@ from diva_jax.weights import formats, parts
 from diva_jax.world import captions, drawing, models, scenes, vocabulary
 from diva_jax.world.scenes import Scenes
 
-SEED, SEARCH_SEED = 9001, 8001  # Of the tests, and of those on which rates are searched; training data has lower ones.
-PAIRS = 400  # Per fact.
+SEED, SEARCH_SEED = 9001, 8001  # Of the tests, and of the tests of the search of rates; training data has lower seeds.
+PAIRS = 400  # Number of test pairs per fact.
 _BATCH = 256
-_PROBE_TRAIN, _PROBE_TEST = 2000, 1000  # Scenes.
-_DECAY, _ITERATIONS = 1e-4, 100  # Of the linear probes.
+_PROBE_TRAIN, _PROBE_TEST = 2000, 1000  # Numbers of scenes.
+_DECAY, _ITERATIONS = 1e-4, 100  # Weight decay and iterations of the linear probes.
 # The classes of the names: two objects that differ in shape and colour.
 _OBJECTS = tuple(itertools.product(range(len(scenes.COLOURS)), range(len(scenes.SHAPES))))
 CLASSES = tuple((a, b) for a, b in itertools.combinations(_OBJECTS, 2) if a[0] != b[0] and a[1] != b[1])

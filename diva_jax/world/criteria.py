@@ -1,9 +1,9 @@
-"""Can the world answer? python -m diva_jax.world.criteria --out=runs/experiment
+"""Checks that the small world can show a gain: python -m diva_jax.world.criteria --out=runs/experiment
 
-Measures what must hold before an arm that gains nothing means anything, and prints it: the CLIP knows the objects and
-is blind to the absent facts alone, the generator and the teacher know these, and true labels, through the same text
-tower and with the budget of every arm, restore sight in every seed. The runs with labels are those of the experiment in
-OUT; those that are missing are made. The exit code is 1 where a criterion does not hold.
+An arm that gains nothing means something only if these criteria hold: the CLIP knows the objects and is blind to the
+absent facts alone; the generator and the teacher know the absent facts; and training with true labels, with the same
+text tower and the budget of every arm, restores sight in every seed. The runs with labels are those of the
+experiment in OUT; missing ones are made. The exit code is 1 where a criterion does not hold.
 """
 
 from collections.abc import Iterator

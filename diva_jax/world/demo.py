@@ -1,4 +1,4 @@
-"""The method at small size: python -m diva_jax.world.demo --out=runs/world, minutes on two CPU cores.
+"""Tunes the small world's CLIP as a demo: python -m diva_jax.world.demo --out=runs/world, minutes on two cores.
 
 Tunes the kept CLIP with the generator as a judge of texts, with its control, and with DIVA; scores all on pairs of
 images that differ in one fact; writes OUT/eval/report.html with the curves and the flipped pairs; and prints the

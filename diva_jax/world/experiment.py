@@ -1,4 +1,4 @@
-"""Does the method work? python -m diva_jax.world.experiment --out=runs/experiment [--arms=labels,judge_control]
+"""Compares the methods in the small world: python -m diva_jax.world.experiment --out=runs/experiment [--arms=NAME,NAME]
 
 Tunes the kept CLIP with each arm of `arms.ARMS` and several seeds, runs the tests of `blindness`, and writes one line
 per run to OUT/results.jsonl, then the comparison (table.md, scores.json, pareto.png). The same command goes on with the

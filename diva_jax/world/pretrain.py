@@ -1,4 +1,4 @@
-"""Makes the world's models: python -m diva_jax.world.pretrain --out=runs/world_models
+"""Trains the models of the small world: python -m diva_jax.world.pretrain --out=runs/world_models
 
 A CLIP on biased captions, a CLIP and a text-conditioned generator on rich ones, and a generator conditioned on the
 embedding of the first CLIP, each trained with the package's own steps from random weights; then DIVA's projection

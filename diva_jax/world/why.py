@@ -1,4 +1,4 @@
-"""Why an arm gains or not: python -m diva_jax.world.why --out=runs/world_why
+"""Measures why a method gains or not in the small world: python -m diva_jax.world.why --out=runs/world_why
 
 Three measurements at the kept CLIP, before the first step of tuning, of each arm that has a vision tower to tune:
 
