@@ -128,7 +128,7 @@ def report(config, topology: str, save: epath.PathLike | None = None, hlo_file: 
     chip, shape, mesh_devices = devices(topology)
     n, config = len(mesh_devices), config.copy_and_resolve_references()
     if config.kernels == compiler.AUTO:
-        config.kernels = compiler.OWN  # No device is here that could have been checked.
+        config.kernels = compiler.OWN  # There is no device here whose kernels could have been checked.
     row = {
         "topology": topology,
         "versions": {name: importlib.metadata.version(name) for name in ("jax", "libtpu")},

@@ -25,7 +25,7 @@ from diva_jax import __version__
 from diva_jax.common import config_files, errors, fields
 from diva_jax.common.errors import RunError, Terminated, UserError, place, printable
 
-# Time for threads to end after a command has, since one of them may wait for a disk that is gone [s].
+# Time in which threads must end after a command has ended; one of them may wait for a disk that is gone [s].
 _LINGER_S = 10.0
 # Values that a message quotes may be of any length.
 _MAX_MESSAGE_CHARS = 10_000
@@ -45,7 +45,7 @@ _EVERYWHERE = {
     "help": "Print this; with --config=FILE also every field with its value.",
     "version": "Print the version.",
 }
-# What signals have raised.
+# Types of the exceptions that signal handlers have raised.
 _handled: list[type[BaseException]] = []
 
 # Makes config -> [(dotted path, value, documentation)] of its fields.
@@ -242,7 +242,7 @@ def run(main: Callable[..., None], arguments: Sequence[str] = (), described: Des
     faulthandler.enable()
     logging.use_absl_handler()
     logging.get_absl_handler().setFormatter(_PlainFormatter())
-    # Of a save that failed, which is reported where it is waited for.
+    # asyncio would log errors of a failed save, which is reported where the save is waited for.
     std_logging.getLogger("asyncio").setLevel(std_logging.CRITICAL)
     # transformers otherwise says that PyTorch is missing, which no command needs.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")

@@ -69,7 +69,7 @@ def module(path: str, field: str, wanted: str) -> ModuleType:
         return found
     except (ImportError, TypeError, ValueError) as e:  # A TypeError for a path that begins with a dot.
         if isinstance(e, ImportError) and e.name and not f"{path}.".startswith(f"{e.name}."):
-            raise  # Of something that the module imports.
+            raise  # What is missing is something that the module imports.
         raise UserError(f"{field}={brief(path)} cannot be imported ({e}): {wanted}") from e
 
 

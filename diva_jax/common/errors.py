@@ -56,7 +56,7 @@ def explained(problem: str, advice: str, *types: type[Exception], kind: type[Exc
         raise kind(f"{problem} ({said or reason(e)}): {advice}") from e
 
 
-# Packages whose own errors are of stores that do not answer; what is not there, or a right, is an error of Python's.
+# Exceptions of these packages mean that a store does not answer; a missing file or right is an exception of Python's.
 _STORES = ("aiohttp", "gcsfs")
 # Folders and files of modules that a config names: somebody's own code, even where it is installed.
 named_by_configs: set[str] = set()

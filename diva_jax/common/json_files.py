@@ -14,7 +14,7 @@ from diva_jax.common.errors import UserError, brief, explained, printable
 
 # Content of JSON needs up to thirty times the memory of its text.
 MAX_BYTES = 2**26
-# Of files of lines, which are parsed one by one.
+# For files of lines, each of which is parsed alone.
 MAX_LINES_BYTES = 2**28
 _MAX_DEPTH = 64
 

@@ -34,9 +34,9 @@ from diva_jax.data.sources import Source
 DTYPE = np.dtype(ml_dtypes.bfloat16)
 FILE = "latents.json"
 _Side = Annotated[int, Field(ge=1, le=2**30)]
-# Record, crop, CRC-32 of the encoded image, box.
+# Number of the record, number of the crop, CRC-32 of the encoded image, box.
 _HEADER = struct.Struct("<qiI4i")
-# What array_record adds, at most about.
+# About the largest sizes that array_record adds to an entry and to a shard.
 _ENTRY_OVERHEAD_BYTES, _SHARD_OVERHEAD_BYTES = 160, 2**17
 _MAX_OPEN_SHARDS = 256
 _MAX_SHARDS = 10**6

@@ -27,9 +27,9 @@ from diva_jax.data.sources import Record, Source
 
 logger = logging.getLogger(__name__)
 
-# Before a read that failed is tried again.
+# Pauses before each new try of a read that failed.
 _RETRY_PAUSES_S = (0.2, 1.0, 5.0)
-# Numbers of errors that say nothing of the data: of networks, of disks, and of a lack of memory or descriptors.
+# Error numbers that do not mean broken data: those of networks, of disks, and of a lack of memory or descriptors.
 _TRANSIENT = frozenset(
     getattr(errno, name)
     for name in "EIO EAGAIN EINTR ESTALE ETIMEDOUT ENETDOWN ENETUNREACH EHOSTDOWN EHOSTUNREACH ECONNRESET ECONNABORTED "
@@ -38,13 +38,13 @@ _TRANSIENT = frozenset(
 # Broken images that the log names; further ones are only counted.
 _MAX_NAMED = 20
 _MAX_REASON = 300  # Characters.
-# The share of broken images is judged where there are more than these, since the first image may be a broken one.
+# The share of broken images is checked once there are more than these, since the first image may be a broken one.
 _MAX_UNJUDGED = 10
-# More than any run has.
+# A larger position than that of any run.
 _MAX_POSITION = 2**62
-# Between two looks at whether a wait shall end.
+# Time between two checks whether a wait should end.
 _POLL_INTERVAL_S = 0.5
-# Records that are looked at before a run for texts to choose between.
+# Number of records in which texts to choose between are looked for before a run.
 _PROBED = 256
 
 
@@ -66,7 +66,7 @@ class Decoder:
         self._reading: dict[int, tuple[str, float]] = {}  # By thread: the record that it reads, and since when.
         self._max_share, self._lock, self._records = config.max_broken_share, threading.Lock(), set()
         self._read = self._failed = 0
-        self.count = self.skipped = 0  # Of records that are broken, and that have no texts to choose between.
+        self.count = self.skipped = 0  # Numbers of broken records, and of those without texts to choose between.
 
     def slowest(self) -> tuple[str, float] | None:
         """(name of the record whose reading has begun first and has not ended, seconds since), or None."""

@@ -24,11 +24,11 @@ from diva_jax.data import files
 TEXT_COLUMNS = ("caption", "text", "title", "captions")
 # Files with captions beside an image, or in its tar: the first that is not blank.
 CAPTION_KINDS = ("txt", "json")
-# Records of which it is asked whether they have captions.
+# Number of records that are searched for captions.
 _PROBED = 64
-# A larger file of text beside an image, or in its tar, is no caption.
+# A larger text file beside an image, or in its tar, is not taken for a caption.
 MAX_CAPTION_BYTES = 2**20
-# Of a record's list `texts`, and the characters of each.
+# Largest number of entries in a record's list `texts`, and of characters in each.
 _MAX_TEXTS, _MAX_TEXT = 64, 4096
 _MIXTURE, _MODULE = "mix:", "module:"
 # The shuffle of an epoch numbers its images with 32 bits.

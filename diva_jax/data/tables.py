@@ -25,15 +25,15 @@ from diva_jax.data.sources import TEXT_COLUMNS, Record, caption, listed, locate
 IMAGE_COLUMNS = ("image", "file", "filepath", "path", "file_name", "filename", "image_path", "jpg", "png", "webp")
 # Rows of a CSV file that are converted to Arrow at once.
 _CHUNK_ROWS = 2**16
-# Decoded row groups that a source keeps.
+# Number of decoded row groups that a source keeps in memory.
 _KEPT_ROW_GROUPS = 2
 _MAX_ROW_GROUP_BYTES = 2**30
 _ROWS_AT_ONCE = 16
 # Random access is slow in row groups with more bytes than these.
 _LARGE_ROW_GROUP_BYTES = 2**26
-# Bytes of a line of JSON Lines, and entries of a list.
+# Largest number of bytes in a line of JSON Lines, and of entries in a list.
 _MAX_LINE, _MAX_LIST = 2**24, 2**12
-# Rows of which it is asked whether they hold paths.
+# Number of rows that are checked for paths.
 _PROBED = 16
 _TEXTS = (pa.string(), pa.large_string())
 _CACHE = re.compile(r"(cache-|tmp).*\.arrow")

@@ -116,7 +116,7 @@ class _Index(NamedTuple):
     notes: np.ndarray
 
     def checked(self, shards: int) -> "_Index":
-        """Itself, where it can be that of this many shards; a ValueError otherwise."""
+        """This index, if it can be one of so many shards; a ValueError otherwise."""
         rows, names = self.rows, self.names
         if (rows.dtype, rows.ndim, names.dtype, names.ndim) != (_ROW, 1, np.uint8, 1):
             raise ValueError("it holds other arrays")

@@ -102,7 +102,7 @@ def mean(values: np.ndarray, strata: np.ndarray | None = None) -> float:
     return math.fsum(parts) / len(parts)
 
 
-# Key -> the name for readers, of what "image" to "match" count.
+# Key of each of the four numbers -> its name for readers.
 ANSWERS = {"image": "pairs", "text": "texts", "group": "groups", "match": "matches"}
 # Decimals to which cosines are rounded, so that the rounding of embeddings and sums does not turn a tie into an answer.
 _DECIMALS = 7

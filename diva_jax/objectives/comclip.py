@@ -53,6 +53,6 @@ class Objective(contract.Objective):
         return {"vision": parts.vision(self.spec.source, self.spec)}
 
     def loss(self, batch: Mapping[str, jax.Array], keys: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Zero."""
+        """Zero: ComCLIP has no loss of its own, and the terms of the config are all that is trained."""
         value = jnp.float32(0)
         return value, {"loss": value}

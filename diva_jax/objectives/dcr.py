@@ -174,7 +174,7 @@ class Objective(StableDiffusionObjective):
         self.build_generator(config, rngs)
 
     def pretrained(self) -> Mapping[str, parts.Part]:
-        """All but the projector and the adapters."""
+        """See `contract.Objective`; the projector and the adapters have no source."""
         return super().pretrained((adapters.FRESH,), self.options.text_mask == FAITHFUL)
 
     @property

@@ -92,7 +92,7 @@ SECTION = GenHancerOptions
 def recipe(config: ConfigDict) -> None:
     """The published recipe (the authors' configuration files)."""
     config.steps, config.batch_size, config.accum = 10_000, 256, 2
-    # The rows follow from stage2.
+    # `stages` makes the rows, as `config.genhancer.stage2` says.
     config.trainable = ()
     config.optim.update(name="adamw", lr=1e-5, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.01, clip=1.0)
     config.optim.update(schedule="constant", warmup_steps=10, decay_all=True)
@@ -184,7 +184,7 @@ class Objective(contract.Objective):
         self.vae = None if cached else self.vae_config.build(**kw)
 
     def pretrained(self) -> Mapping[str, parts.Part]:
-        """The encoder without its adapters, and the VAE."""
+        """See `contract.Objective`; the encoder and the VAE have a source, the adapters and the denoiser have none."""
         fresh = (adapters.FRESH,) if self.options.stage2 != NONE else ()
         return {"vision": parts.vision(self.spec.source, self.spec, fresh=fresh), **self.latent_source.pretrained}
 

@@ -174,7 +174,7 @@ class Objective(StableDiffusionObjective):
         }
 
     def pretrained(self) -> Mapping[str, parts.Part]:
-        """All."""
+        """See `contract.Objective`; every parameter has a source."""
         d = self.diffusion
         encoder = parts.diffusers(d.source, d.text_encoder, "config.diffusion.text_encoder")
         found = {**super().pretrained(), "text": parts.text(self.spec.source, self.spec)}

@@ -136,7 +136,7 @@ class Objective(contract.Objective):
         return batch
 
     def pretrained(self) -> Mapping[str, parts.Part]:
-        """All but `kernel_params`; `original` is what `vision` was."""
+        """See `contract.Objective`; `kernel_params` have no source, `original` has that of `vision`."""
         return {
             "vision": parts.vision(self.spec.source, self.spec),
             "original": parts.vision(self.spec.source, self.spec),

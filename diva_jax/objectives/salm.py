@@ -184,7 +184,7 @@ class Objective(contract.Objective):
         return {"teacher": contract.Cacheable((spec.patches, spec.embed_dim), facts, {"teacher": part}, make)}
 
     def pretrained(self) -> Mapping[str, parts.Part]:
-        """All but the adapter."""
+        """See `contract.Objective`; the adapter has no source."""
         own = {name: parts.vision(self.spec.source, self.spec) for name in ("vision", "original")}
         return own | {name: part for c in self.cacheable.values() if not self.cached for name, part in c.parts.items()}
 

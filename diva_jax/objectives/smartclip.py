@@ -125,7 +125,7 @@ class Objective(contract.Objective):
         }
 
     def pretrained(self) -> Mapping[str, parts.Part]:
-        """All but `mask_net`."""
+        """See `contract.Objective`; `mask_net` has no source."""
         source = self.spec.source
         return {"vision": parts.vision(source, self.spec), "text": parts.text(source, self.spec)}
 

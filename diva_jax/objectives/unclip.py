@@ -124,7 +124,7 @@ class Objective(StableDiffusionObjective):
             self.image_normalizer = EmbeddingStatistics(self.spec.embed_dim)
 
     def pretrained(self) -> Mapping[str, parts.Part]:
-        """All; the statistics where they are used."""
+        """See `contract.Objective`; every parameter has a source, the statistics only where they are used."""
         used = self.options.uses_statistics
         statistics = {"image_normalizer": parts.embedding_statistics(self.diffusion.source)} if used else {}
         return {**super().pretrained(), **statistics}

@@ -185,6 +185,6 @@ class Builder:
             with explained(f"{self._named}: {m.file(shard)} cannot be written", advice, kind=RunError):
                 write_shard(self.folder, m.file(shard), self._entries(shard))
         self._progress.close()
-        distributed.check_same({"the cache": m.fingerprint})  # All are done.
+        distributed.check_same({"the cache": m.fingerprint})  # All processes are done.
         broken = f"; {self._decoder.count} broken images have none" if self._decoder.count else ""
         say(f"done{broken}; train with --config.data.latents={self.folder}")

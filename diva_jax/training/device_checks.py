@@ -28,8 +28,8 @@ from diva_jax.training import checkpoint, compiler, distributed, partition
 from diva_jax.training.step import Program
 
 _REPEATS = 5
-_MARGIN, _ROUNDING = 3.0, 2.0**-9  # A kernel's error is at most so many times that of XLA, plus this.
-_HOST_SECONDS = 3.0  # Of decoding.
+_MARGIN, _ROUNDING = 3.0, 2.0**-9  # Bound of a kernel's error: this factor times XLA's error, plus this.
+_HOST_SECONDS = 3.0  # For this time the host decodes images.
 OK, FAILED, SLOW, UNKNOWN = "ok", "FAILED", "slow", "-"
 
 

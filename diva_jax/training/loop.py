@@ -127,7 +127,7 @@ class Run:
         initial weights; and `inherited`, the record of the checkpoint that it began with, see `Parent.record`."""
         program, began = self.program, time.perf_counter()
         first = jax.process_index() == 0
-        if self.start and first:  # Before its checkpoints are opened, which may belong to a run that still trains.
+        if self.start and first:  # Before checkpoints are opened: another process may still train here.
             self.lock = lock.Lock(self.workdir)
         restored = checkpoint.restore_newest(self.workdir, lambda step: program.abstract_state(program.stage_at(step)))
         resumes, self.start = restored is not None, restored.step if restored else 0
@@ -147,7 +147,7 @@ class Run:
         if first:  # Nothing is written before all inputs have been checked.
             self.lock = self.lock or lock.Lock(self.workdir)
             workdirs.write_config(self.workdir, self.config)
-            (self.workdir / "done").unlink(missing_ok=True)  # Of a run that now has more steps.
+            (self.workdir / "done").unlink(missing_ok=True)  # The run may have ended with fewer steps before.
             for step, why in restored.damaged.items() if resumes else ():
                 aside = checkpoint.set_aside(self.workdir, step)
                 say(f"the checkpoint of step {step} is damaged ({why}): kept as {aside}, step {self.start} is used")

@@ -148,7 +148,7 @@ def train_step(
         (_, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(trained, *x)
         return jax.tree.map(jnp.add, total, grads), metrics
 
-    if accum == 1:  # Without a loop of one pass.
+    if accum == 1:  # A single pass needs no loop.
         (_, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(trained, dict(batch), keys)
     else:
         xs = jax.tree.map(lambda x: platform.split(x, accum), (dict(batch), keys))

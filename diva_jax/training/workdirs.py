@@ -85,7 +85,7 @@ RESUMABLE = (
     *("data.threads", "data.prefetch", "data.stall_timeout", "data.decode_gib", "data.max_broken_share"),
 )
 _NO_CONFIG = (AttributeError, KeyError, TypeError, ValueError)
-_VISIBLE_WITHIN_S = 60.0  # After which network file systems show a new file to every machine.
+_VISIBLE_WITHIN_S = 60.0  # Within this time, network file systems show a new file everywhere.
 # Sections that are compared as a whole: their fields are those of another library.
 WHOLE = ("diffusion.unet", "diffusion.vae", "diffusion.text_encoder", "diffusion.scheduler")
 
@@ -167,7 +167,7 @@ def read_config(workdir: epath.PathLike, field: str = "--workdir") -> ConfigDict
     if found is None:
         raise UserError(f"{field}={workdir} holds no run: give the --workdir of python -m diva_jax.main")
     config_files.check_stored(found, f"{field}={workdir}: config.json")
-    # Of names that no field can have.
+    # A ConfigDict raises these errors for names that no field can have.
     with explained(f"{field}={workdir}: config.json is not the config of a run", "restore it", *_NO_CONFIG):
         return ConfigDict(found)
 

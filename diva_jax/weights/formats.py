@@ -259,7 +259,7 @@ def write_safetensors(path: str | Path, tensors: Mapping[str, np.ndarray]) -> No
     with paths.whole_file(path) as temporary:
         temporary.touch()
         mode = temporary.stat().st_mode
-        # Of a full disk, for example.
+        # The disk may be full, for example.
         with explained(f"{path} is not written", "make room", SafetensorError, kind=OSError):
             save_file(dense, temporary, metadata={"format": "pt"})
         temporary.chmod(mode)  # save_file makes files that only their owner can read.

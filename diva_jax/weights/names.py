@@ -199,7 +199,7 @@ def to_context(tensors: Tensors, text: TextSpec) -> Tensors:
 
 
 def layouts() -> list[Layout]:
-    """Those of all architectures that transformers has."""
+    """The layouts of all architectures that exist in transformers."""
     return [module.TRANSFORMERS for module in architectures().values() if module.TRANSFORMERS is not None]
 
 

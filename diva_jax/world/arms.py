@@ -10,8 +10,8 @@ from diva_jax.world import models, objectives, records
 
 RANDOM = "random"
 DATA_SEED = 1010
-SEARCH = 100  # Seeds from this one on are for the search of rates; none of them is reported.
-_DECAY, _WARMUP = 0.99, 40  # Of the average of weights, and steps of warm-up, in all arms.
+SEARCH = 100  # Seeds from this one on are for the search of learning rates; their runs are not reported.
+_DECAY, _WARMUP = 0.99, 40  # Decay of the moving average of weights, and steps of warm-up, in all arms.
 
 
 class Budget(NamedTuple):

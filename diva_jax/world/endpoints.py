@@ -24,7 +24,7 @@ class Endpoint(NamedTuple):
         return np.concatenate(parts), np.repeat(np.arange(len(parts)), [len(p) for p in parts])
 
     def score(self, found: Mapping[str, np.ndarray]) -> float:
-        """Percent."""
+        """The endpoint in percent, the mean over its tests."""
         return 100 * float(np.mean([np.mean(found[test]) for test in self.tests]))
 
 
@@ -33,7 +33,7 @@ def _of(kind: str, facts) -> tuple[str, ...]:
 
 
 _KNOWN = tuple(fact for fact in FACTS if fact not in ABSENT)
-SEEN, CALIBRATED, NAMES = "matches", "pairs", "names"  # Of these a verdict is made.
+SEEN, CALIBRATED, NAMES = "matches", "pairs", "names"  # The verdict follows from these.
 ENDPOINTS = {
     SEEN: Endpoint("matches, absent facts", _of("matches", ABSENT)),
     CALIBRATED: Endpoint("pairs, absent facts", _of("pairs", ABSENT)),

@@ -12,7 +12,7 @@ from diva_jax.world import blindness, captions, drawing, models, objectives, voc
 
 SEED = 9101
 BINS = 10
-FROM, DRAWS = 300, 2  # Of the classifier: first timestep, and draws per image; below, the image itself shows the facts.
+FROM, DRAWS = 300, 2  # First timestep (at earlier ones the noisy image itself shows the facts), and draws per image.
 _BATCH = 128
 
 

@@ -22,7 +22,7 @@ from diva_jax.world import captions, drawing, scenes
 MODULE = "module:diva_jax.world.records"
 COUNT = 2**15
 _BLOCK = 256
-_KEPT = 512  # Blocks, of 0.3 MB each.
+_KEPT = 512  # Number of blocks that are kept in memory, of 0.3 MB each.
 
 
 @functools.lru_cache(_KEPT)

@@ -107,9 +107,9 @@ class Tuner:
             yield (step - begun) * self.program.config.batch_size, self.program.towers(arrays), loss
 
     def initial(self, seed: int) -> dict[str, jax.Array]:
-        """All weights at step 0; the config of the program is that of the seed afterwards."""
+        """All weights at step 0; afterwards the program has the config of this seed."""
         p = self.program
-        p.config = self._config(seed)  # Programs of two seeds differ in nothing else.
+        p.config = self._config(seed)  # Programs of two seeds differ only in their configs.
         return workdirs.initial_arrays(p, every_source=False)[0]
 
 

@@ -19,9 +19,9 @@ from diva_jax.data import files, labelled
 from diva_jax.evals import LOGIT_SCALE, ItemTask, Outcome, Settings, Values, encode, stats
 from diva_jax.models.backbones import spec_of
 
-# In a set of another kind, beside Questions.csv: {"patterns": [names], "pairs": of each pattern}.
+# A file beside Questions.csv in sets with other patterns: {"patterns": [names], "pairs": pairs of each pattern}.
 NAMES = "Patterns.json"
-# As the hub, DIVA's authors and the benchmark's own README call the folder of the images.
+# The folder's names on the hub, in the code of DIVA's authors, and in the benchmark's README.
 FOLDERS = ("MLLM_VLM Images", "MLLM_VLM_Images", "MMVP_VLM_Images")
 HEADER = ["Question ID", "Type", "Statement"]
 OWN = ((0, 0), (1, 1))  # Text 1 belongs to image 1, text 2 to image 2.

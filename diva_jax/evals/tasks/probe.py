@@ -18,11 +18,11 @@ from diva_jax.data import labelled
 from diva_jax.evals import AT, QUERIES, ClassificationTask, Classified, Settings, encode, resolved
 from diva_jax.evals.tasks import zeroshot
 
-DECAYS = np.logspace(-6, 2, 97)  # Of the search, as CLIP (arXiv 2103.00020, appendix A.3) and CLIP_benchmark.
+DECAYS = np.logspace(-6, 2, 97)  # Those of CLIP (arXiv 2103.00020, appendix A.3) and CLIP_benchmark.
 _COARSE = 16  # The stride of the first round: logspace(-6, 2, 7).
 _ROWS = 2**14  # Rows whose logits are held at once.
-_TOLERANCE = 1e-6  # Of the largest element of the gradient.
-_MAX_CLASSES = 10**5  # Whose weights and logits are held in memory.
+_TOLERANCE = 1e-6  # The search ends when no element of the gradient is larger.
+_MAX_CLASSES = 10**5  # The weights and logits of all classes are held in memory.
 
 
 @partial(jax.jit, static_argnames=("classes", "iterations"))

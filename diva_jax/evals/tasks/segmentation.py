@@ -27,7 +27,7 @@ from diva_jax.models.backbones import spec_of
 from diva_jax.models.backbones.shared.transformer import VARIANTS
 
 _UNKNOWN = -2
-# How many images, evenly spaced, results.json has the maps of classes of, and the longer side of these [pixels].
+# Number of images, evenly spaced, whose maps of classes are in results.json, and the longer side of a map [pixels].
 _MAPS, _MAP_SIDE = 6, 240
 
 

@@ -314,7 +314,7 @@ def export(
     with formats.new_folder(out) as folder:
         if fmt == "pt":
             state = {n.removeprefix("visual."): tensor(t) for n, t in tensors.items()}
-            # Of a full disk, for example.
+            # The disk may be full, for example.
             with explained(f"{folder / PT_FILE} is not written", "make room", RuntimeError, kind=OSError):
                 torch.save(state, folder / PT_FILE)
             del state  # Its memory is needed where the export is read back.

@@ -64,7 +64,7 @@ class Objective(contract.Objective):
         return {"image": inputs.Image(s.image_size), "caption": inputs.Tokens(text.context_length, tokenizer)}
 
     def pretrained(self) -> Mapping[str, parts.Part]:
-        """All."""
+        """See `contract.Objective`; every parameter has a source."""
         source = self.spec.source
         return {
             "vision": parts.vision(source, self.spec),

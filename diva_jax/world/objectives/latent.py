@@ -54,7 +54,7 @@ class Objective(contract.Objective):
         return {"image": inputs.Image(self.image_size), "caption": inputs.Tokens(d.text_tokens, tokenizer)}
 
     def pretrained(self) -> Mapping[str, parts.Part]:
-        """All."""
+        """See `contract.Objective`; every parameter has a source."""
         d = self.diffusion
         return {
             name: parts.diffusers(d.source, getattr(d, name), f"config.diffusion.{name}")
@@ -62,7 +62,7 @@ class Objective(contract.Objective):
         }
 
     def towers(self) -> Mapping[str, nnx.Module]:
-        """None: what is trained is no encoder."""
+        """No towers: the models that are trained here are not encoders of images."""
         return {}
 
     def draw(self, keys: Array, latents_shape: tuple[int, ...]) -> tuple[Array, Array]:

@@ -78,8 +78,8 @@ class Checkpoint(NamedTuple):
 
 
 def checkpoint(arch: str) -> Checkpoint:
-    """Those of an architecture, from checkpoints.json. A model that open_clip makes with `custom_text` has its text
-    tower under `text.`. Where the prefix is empty, both are read and the names without it are written."""
+    """The checkpoints of an architecture, from checkpoints.json. A model that open_clip makes with `custom_text` has
+    its text tower under `text.`. Where the prefix is empty, both are read and the names without it are written."""
     tables = packaged(__file__, "checkpoints.json")
     row, all_ = dict(tables[arch]), tables["shared"]
     rename = (*(all_["blocks"] if row.pop("own_blocks", False) else ()), *row.pop("rename"))

@@ -43,7 +43,7 @@ class Layout(NamedTuple):
     processor: str
 
     def recipes(self, spec: Spec) -> list[Recipe]:
-        """Those of every tensor of the whole model: each group of transformers.json once or, with {i} in names replaced
+        """The recipes of all tensors of the model: each group of transformers.json once or, with {i} in names replaced
         by the number of the block, for each block."""
         out, layers, swiglu = [], spec.layers, spec.activation == "swiglu"
         counts = dict(vision=layers, scales=layers, mlp=layers * (not swiglu), swiglu=layers * swiglu)
