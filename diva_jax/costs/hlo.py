@@ -238,12 +238,12 @@ def _valid_pairs(size: int, taps: int, out: int, rest: str, axis: int) -> int:
     return sum(0 <= place <= (size - 1) * spread and place % spread == 0 for place in places)
 
 
-# The attention kernels of models/kernels.py, by the start of their names, which end with the head dim: the number of
-# products of queries x keys x head dim whose sums are over the head dim, and of those in which it is the number of
-# rows.
+# The attention kernels of models/kernels.py. Their names begin as these keys and end with the head dim. The values are
+# two numbers of products of queries x keys x head dim: of those whose sums are over the head dim, and of those in which
+# the head dim is the number of rows.
 _FLASH = {"flash_forward_d": (1, 1), "flash_backward_d": (2, 3)}
-# The feed-forward ones, with the number of hidden units H: the number of products of tokens x C x H
-# whose sums are over the C channels, and of those over hidden units.
+# The feed-forward kernels, whose names end with the number of hidden units H: the number of products of tokens x C x H
+# whose sums are over the C channels, and of those whose sums are over hidden units.
 _FEED_FORWARD = {"feed_forward_forward_h": (2, 1), "feed_forward_backward_h": (1, 2)}
 _KERNEL = re.compile(rf"\b({'|'.join([*_FLASH, *_FEED_FORWARD])})(\d+)")
 

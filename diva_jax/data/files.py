@@ -89,7 +89,7 @@ def _file_system(path: str):
 def open_binary(path: str):
     """A seekable binary file, local or remote."""
     fs, inside = _file_system(path)
-    if "file" in fs.protocol:  # Which may be a pipe, for example.
+    if "file" in fs.protocol:  # A local path may be a pipe, for example.
         return open(inside, "rb", opener=json_files.open_regular)
     return fs.open(inside, "rb")
 

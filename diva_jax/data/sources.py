@@ -252,9 +252,9 @@ class TfdsSource:
 
 class MixtureSource:
     """A source whose epoch has as many records of each part as its weight (the sum is 1) says. One part, the largest
-    for its weight, has each of its records once per epoch. Records of the others are repeated, or rather: slot k of a
-    part of n records is its record k modulo n, so that all of them come before one is repeated. Order, resumption and
-    the split over processes are those of any source, which its epoch's shuffle mixes."""
+    for its weight, has each of its records once per epoch. Slot k of a part with n records is its record k modulo n, so
+    that records of the other parts are repeated evenly. Order, resumption and the split over processes are those of any
+    source; the shuffle of the epoch mixes the parts."""
 
     def __init__(self, parts: Sequence[Source], weights: Sequence[Fraction], path: str):
         self.parts = list(parts)

@@ -145,7 +145,7 @@ def clip_vocabulary(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]
             path = folder / "merges.txt"
             lines = json_files.read_bytes(path).decode("utf-8").split("\n")
             merges = [_pair(line) for line in lines if line and not line.startswith("#version")]
-            path = folder / "added_tokens.json"  # Of older versions.
+            path = folder / "added_tokens.json"  # Older versions of transformers wrote it.
             older = json_files.read(path, *form, {})
             listed = {i: {"content": token, "normalized": True} for token, i in older.items()}
             path = folder / "tokenizer_config.json"

@@ -157,7 +157,7 @@ def run(
     groups = [(name, [origins.find(source, "--weights") for source in sources]) for name, sources in named]
     given = [place for _, members in groups for place in members]
     own = labels_of([place.source for place in given], [place.step for place in given])
-    # Of each set of weights the label, which is that of its group or its own, and its entry in results.json.
+    # The label of each set of weights (runs of a group have that of the group), and its entry in results.json.
     labels: list[str] = []
     listed: dict[str, dict[str, Any]] = {}
     for name, members in groups:

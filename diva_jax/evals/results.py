@@ -97,7 +97,7 @@ def table(results: Mapping[str, Any]) -> str:
 def words(pairs: int, matches: int) -> str:
     """The verdict on a difference in pairs and one in matches, each as `Difference.sign` has it.
 
-    A change of the matches is one of what is told apart, a change of the pairs alone one of calibration."""
+    A change of the matches shows that more or fewer images are distinguished, one of pairs alone is calibration."""
     return {1: MORE, -1: LESS}.get(matches, CALIBRATED if pairs else NONE)
 
 

@@ -2,8 +2,8 @@
 texts meet, of which docs/EVALUATION.md has the definitions.
 
 Winoground (arXiv 2204.03162) defines the choices of texts and images and the group, "Test-Time Matching" (arXiv
-2510.07632) the match. Matches say what is told apart, choices also whether the cosines are calibrated: both texts may
-be a little closer to the same image.
+2510.07632) the match. Matches show which images are distinguished, choices also whether cosines are calibrated: both
+texts may be a little closer to the same image.
 """
 
 import math

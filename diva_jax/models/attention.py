@@ -1,8 +1,8 @@
 """Softmax attention: a flash kernel for long sequences on TPUs, cuDNN's on GPUs, one of our own on CPUs.
 
-Elsewhere, with masks, and in dtypes that these do not take, it is plain XLA. So it is on TPUs where our kernel may not
-be used, but for sequences whose scores would take most of the time, or not fit into HBM: these have jax's splash
-attention. The choice is made while a function is traced, by the platform that it is traced for (`platform.py`).
+Shorter sequences, masks, and dtypes that these kernels do not take have XLA's operations. On TPUs where our kernel may
+not be used, sequences whose scores would take most of the time, or not fit into HBM, have jax's splash attention. The
+choice is made while a function is traced, by the platform that it is traced for (`platform.py`).
 """
 
 from collections.abc import Callable

@@ -228,11 +228,11 @@ def _turned(kernel: Array) -> Array:
 def _convolve_backward(strides, padding, precision, once, given, g):
     x, kernel = given
     sizes = list(zip(x.shape[1:3], kernel.shape[:2], g.shape[1:3], strides, padding, strict=True))
-    # Of the input: the gradient, with zeros between its rows, and the kernel turned around.
+    # Gradient of the input: a convolution of g, with zeros between its rows, with the flipped kernel.
     around = [(k - 1 - low, n + low - (m - 1) * s - 1) for n, k, m, s, (low, _) in sizes]
     turned = (_turned(kernel) if once else kernel[::-1, ::-1]).swapaxes(2, 3)
     to_x = _plain(g, turned, (1, 1), around, strides, (1, 1), precision)
-    # Of the kernel: images and channels change places.
+    # Gradient of the kernel: a convolution in which the axes of images and channels are exchanged.
     around = [(low, (m - 1) * s + k - n - low) for n, k, m, s, (low, _) in sizes]
     to_kernel = _plain(
         x.transpose(3, 1, 2, 0), g.transpose(1, 2, 0, 3), (1, 1), around, (1, 1), strides, precision

@@ -121,7 +121,7 @@ def _name(kind: Any) -> str:
 class Cacheable(NamedTuple):
     """What frozen models make of a record: an array of the batch that the cache `config.data.latents` can hold."""
 
-    shape: tuple[int, ...]  # Of one record's.
+    shape: tuple[int, ...]  # The shape of one record's array.
     facts: Mapping[str, Any]  # What it depends on beside the record, its crop and the weights, for JSON.
     parts: Mapping[str, Part]  # Prefix of parameter names -> source, of the models.
     make: Callable[[Mapping[str, jax.Array]], jax.Array]  # Batch -> array [B, *shape].

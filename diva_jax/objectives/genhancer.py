@@ -60,7 +60,7 @@ class GenHancerLora(adapters.Lora):
 
 @dataclasses.dataclass(frozen=True)
 class GenHancerOptions:
-    """`config.genhancer`. "faithful" is what the authors' code does, "exact" what it meant."""
+    """`config.genhancer`. "faithful" is what the authors' code does, "exact" what it is meant to do."""
 
     stage1_steps: int = field(100_000, "The steps of stage 1, of projectors and denoiser; 0: --init_from.", at_least(0))
     stage1_lr: float = field(1e-4, "The peak learning rate of stage 1; stage 2 has config.optim.lr.", between(0, 1e38))

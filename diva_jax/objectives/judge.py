@@ -4,16 +4,16 @@ For an image x and texts c_1 .. c_K that differ in one fact, with the neutral te
 latents z0 = VAE(x); N draws of a timestep t and noise eps, the same for all texts, z_t = sqrt(abar_t) z0 + sqrt(1 -
 abar_t) eps;
 
-  error      e_k = sum over draws of w_t mean((UNet(z_t, t, c_k) - target)^2), forward passes alone;
+  error      e_k = sum over draws of w_t mean((UNet(z_t, t, c_k) - target)^2), only forward passes;
   posterior  q = softmax_k(-beta e_k), as diffusion classifiers have it (arXiv 2303.16203);
-  weight     a = sigmoid(beta (e_0 - min_k e_k)), the posterior of the best text against the neutral one: next to 0
+  weight     a = sigmoid(beta (e_0 - min_k e_k)), the posterior of the best text against the neutral one: near 0
              where no text is true;
   tower      p = softmax_k(scale cos(vision(x), text(c_k))), under the frozen text tower;
   loss       the mean over images of -a sum_k q_k log p_k, plus image_weight times that of
              -a sum_k q_k log r_k, with r_k the softmax over the batch's images of scale cos(vision(x_i), text(c_k)),
              at the text's own image.
 
-No label is used. The gradient goes into `vision` alone; `config.anchor` keeps what is there.
+No label is used. Only `vision` gets a gradient; `config.anchor` keeps its embeddings near those before tuning.
 """
 
 import dataclasses
@@ -89,7 +89,7 @@ def recipe(config: ConfigDict) -> None:
     config.steps, config.batch_size = 4000, 256
     config.trainable = (("vision/.*", 1.0), (".*", 0.0))
     config.optim.update(name="adamw", lr=1e-5, weight_decay=0.0)
-    config.anchor.update(weight=0.3 * config.backbone.embed_dim, of="unit")  # Which is a mean over dimensions.
+    config.anchor.update(weight=0.3 * config.backbone.embed_dim, of="unit")  # The term is a mean over dimensions.
 
 
 @functools.lru_cache

@@ -36,7 +36,7 @@ from diva_jax.objectives.shared import pairs
 from diva_jax.weights import parts
 
 FROZEN, SELF = "frozen", "self"
-_FLOOR = 1e-6  # Of the variance of norms.
+_FLOOR = 1e-6  # Added to the variance of norms.
 _TWO = Rule(lambda v: len(v) == 2 and all(finite(x) and x >= 0 for x in v), "must be two numbers of at least 0")
 
 

@@ -34,7 +34,7 @@ from diva_jax.models.layers import Array, Layers, attention, heads, widened
 from diva_jax.objectives import contract
 from diva_jax.weights import parts
 
-# Of the square of a masked embedding's norm, so that a mask of zeros gives a cosine of 0 and a finite gradient.
+# Least squared norm of a masked embedding, so that a mask of zeros gives a cosine of 0 and a finite gradient.
 _FLOOR = 1e-12
 
 

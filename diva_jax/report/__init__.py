@@ -28,7 +28,7 @@ def write(folder: epath.PathLike) -> list[epath.Path]:
     target, images = content.folder / "report.html", content.folder / "report"
     if not paths.is_remote(images) and os.path.islink(images):
         raise UserError(f"{images} is a link, through which nothing is written: remove it")
-    names: dict[str, int] = {}  # Of files; those that would be the same get a number.
+    names: dict[str, int] = {}  # Names of files; those that would be the same get a number.
     for chart in charts:
         safe = re.sub(r"[^\w@=.-]+", "_", chart.name, flags=re.ASCII)[:80].lstrip(".")
         while safe in names:

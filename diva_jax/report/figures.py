@@ -34,7 +34,7 @@ _SERIES = 6
 WIDE, HALF, NARROW = 918, 426, 328
 # One unit of matplotlib, a point, is one CSS pixel of the page and two pixels of a PNG file.
 DPI, _PNG_DPI, _PNG_MARGIN = 72, 144, 18
-# Of matplotlib; a role stands for its light colour.
+# matplotlib's style, in which a role stands for its light colour.
 _STYLE = {name: LIGHT.get(value, value) for name, value in json.loads((_TEMPLATES / "style.json").read_text()).items()}
 
 

@@ -92,7 +92,7 @@ class Builder:
                 path = self.folder / m.file(shard)
                 if not is_complete(path, len(m.range(shard)) * m.crops):
                     missing.append(shard)
-                    for leftover in self.folder.glob(f"{path.name}.*.tmp"):  # Of a process that was killed.
+                    for leftover in self.folder.glob(f"{path.name}.*.tmp"):  # A killed process has left it.
                         leftover.unlink()
             free = shutil.disk_usage(self.folder).free
         needed = sum(m.shard_bytes(s) for s in missing)

@@ -207,7 +207,7 @@ def load_executable(folder: epath.Path, index: int, lowered: jax.stages.Lowered,
         if hashlib.sha256(data).hexdigest() != saved.sha256:
             raise UserError(f"{file}.bin has not the checksum that {file}.json gives: it was changed or is damaged")
         given, devices = jax.tree.structure(lowered.args_info), list(program.mesh.devices.flat)
-        # Of pickle, of the runtime, of another version of jax.
+        # Pickle, the runtime and other versions of jax raise exceptions of many types.
         with explained(f"{file}.bin cannot be loaded", "write it again with python -m diva_jax.aot --save", Exception):
             found = serialize_executable.deserialize_and_load(data, given, lowered.out_tree, devices[0].client, devices)
     except UserError as e:

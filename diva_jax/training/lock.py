@@ -16,9 +16,9 @@ from diva_jax.common import errors, json_files, log, paths
 from diva_jax.common.errors import RunError, UserError, explained
 
 RENEWAL_INTERVAL_S = 10.0
-# A run that lives renews its lock within this time.
+# A lock that was not renewed for this time belongs to a run that has ended.
 STALE_AFTER_S = 25.0
-# Of two processes that take over at the same time, both have written after this.
+# If two processes take a lock over at the same time, both have written after this time.
 SETTLED_AFTER_S = 1.0
 
 

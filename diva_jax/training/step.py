@@ -158,7 +158,7 @@ def train_step(
         updates, opt = tx(lr).update(grads, state["opt"], trained)
         trained = optax.apply_updates(trained, updates)
     new = {"params": {**idle, **trained}, "opt": opt, "step": state["step"] + 1, "key": state["key"]}
-    if "ema" in state:  # In this form, what is not active stays bit-identical to its parameter.
+    if "ema" in state:  # In this form, parameters that this stage does not train stay bit-identical.
         new["ema"] = {n: a + (1 - decay) * (new["params"][n] - a) for n, a in state["ema"].items()}
     metrics = {k: jnp.mean(v) for k, v in metrics.items()}
     metrics |= {"grad_norm": optax.tree.norm(grads), "lr": jnp.asarray(lr(state["step"] - pace.start))}

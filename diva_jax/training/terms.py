@@ -87,7 +87,7 @@ def with_terms(kind: type[Objective]) -> type[Objective]:
     without its weight. They cost a pass of each frozen model, and a forward and a backward one of the tuned encoder."""
 
     class WithTerms(kind):
-        # Without them, until the objective is made, it is what it is by itself.
+        # None while the constructor of `kind` runs: it then has no terms.
         terms: _Terms | None = None
 
         def __init__(self, config, *, rngs):
@@ -102,7 +102,7 @@ def with_terms(kind: type[Objective]) -> type[Objective]:
             dtypes, cached = (config.dtype, config.frozen_dtype), bool(config.data.latents)
             self.terms = _Terms(names, *sections, dtypes, cached, own["image"], spec, teacher)
             self.compares_images = self.compares_images or names != ("anchor",)
-            # Nothing is computed again where nothing is trained, but on TPUs remat takes a large batch in parts.
+            # Frozen models have no backward pass that would recompute; on TPUs remat divides a large batch into parts.
             dtype, held = jnp.dtype(config.dtype), jnp.dtype(config.frozen_dtype)
             kw = dict(rngs=rngs, dtype=dtype, param_dtype=held, remat=True)
             for name in names * (not cached):

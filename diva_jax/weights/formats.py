@@ -305,7 +305,7 @@ def new_folder(out: str | Path) -> Iterator[Path]:
     out = Path(out).absolute()
     with explained(f"--out={out} cannot be written", "give a folder that you may write"):
         out.parent.mkdir(parents=True, exist_ok=True)
-        for left in out.parent.glob(f".{glob.escape(out.name)}.*{_TEMPORARY}"):  # Of exports that were killed.
+        for left in out.parent.glob(f".{glob.escape(out.name)}.*{_TEMPORARY}"):  # Killed exports have left these.
             with contextlib.suppress(OSError):
                 if (fd := _lock(left)) is not None:
                     shutil.rmtree(left, ignore_errors=True)

@@ -63,8 +63,8 @@ _UNCLIP = {"unclip.latents": "mean", "trainable": (("vision/.*", 1.0), (".*", 0.
 _CONTRAST = {"contrast.weight": 1.0}
 # With the published weight, 0.5, the kernel is too small beside the distance to the untuned encoder to move anything.
 _KUEA = {"kuea.kernel": "cosine", "kuea.kernel_weight": 1000.0, "optim.lr": 1e-3}
-_KUEA |= {"optim.schedule": "cosine", "optim.warmup_steps": -1}  # Its own, in which the arms were run.
-# The weights are those of ComCLIP's config but the anchor's, at whose 1 embeddings drift four times as far.
+_KUEA |= {"optim.schedule": "cosine", "optim.warmup_steps": -1}  # KUEA's own schedule, in which its arms were run.
+# The weights are those of ComCLIP's config, except the anchor's: with its 1, embeddings drift four times as far.
 _COMCLIP = {"contrast.weight": 1.0, "relation.weight": 1.0, "optim.lr": 1e-3} | _ANCHOR
 _SALM = {"optim.lr": 3e-3}
 _GENHANCER = {"genhancer.stage1_steps": 500, "genhancer.stage1_lr": 2e-3, "optim.lr": 1e-3}
@@ -187,7 +187,7 @@ def arm_config(arm: Arm, seed: int, budget: Budget, random: str | os.PathLike = 
     fields = dict(arm.fields)
     table = fields.pop("trainable", None)
     c.ema.decay, c.optim.warmup_steps, c.accum = _DECAY, _WARMUP, 1
-    c.optim.schedule = "constant"  # Of which the average of weights makes what a decay would.
+    c.optim.schedule = "constant"  # The moving average of weights replaces a decay.
     c.update(seed=seed, batch_size=budget.batch_size, steps=budget.images // budget.batch_size)
     c.update_from_flattened_dict(fields)
     if table:

@@ -100,8 +100,8 @@ def classes(s: Scenes) -> np.ndarray:
 
 
 def labels(s: Scenes) -> dict[str, np.ndarray]:
-    """Fact -> its value, int [N]; what probes are fitted to. "near" is of the left or upper object of the two: who
-    reads it knows which object is where, and which colour belongs to it."""
+    """Fact -> its value, int [N]; what probes are fitted to. "near" is of the left or upper object of the two:
+    an embedding from which it can be read shows which object is where, and which colour belongs to it."""
     near = {f"near {name}": scenes.near(s, getattr(s, name)) for name in ("colour", "shape")}
     return {fact: a.astype(int) for fact, a in ({"relation": s.relation} | near).items()}
 

@@ -11,7 +11,7 @@ import numpy as np
 from diva_jax.world import scenes as facts
 from diva_jax.world.scenes import Scenes
 
-PREFIX = "a photo of"  # Of half of the captions; MMVP-VLM's statements follow it.
+PREFIX = "a photo of"  # Half of the captions begin with it; MMVP-VLM's statements follow it.
 # Kind -> share of captions that name the relation: as on the web, and by an author who looks.
 KINDS = {"biased": 0.05, "rich": 0.95}
 WORDS = tuple(dict.fromkeys(" ".join((*facts.SHAPES, *facts.COLOURS, *facts.RELATIONS, PREFIX, "and")).split()))

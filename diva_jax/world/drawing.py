@@ -17,7 +17,7 @@ def draw(scenes: Scenes) -> np.ndarray:
     s, n = scenes, len(scenes)
     background = 128 + 80 * (s.nuisance[:, :3] - 0.5)
     out = np.broadcast_to(background[:, None, None], (n, SIDE, SIDE, 3)).copy()
-    middle = 3 + np.floor(5 * s.nuisance[:, 3]).astype(int)  # Across the axis of the relation, of both objects.
+    middle = 3 + np.floor(5 * s.nuisance[:, 3]).astype(int)  # Place of both objects across the relation's axis.
     for k in range(2):
         jitter = np.floor(3 * s.nuisance[:, 4 + 2 * k : 6 + 2 * k]).astype(int)
         first = (s.relation % 2 == 0) == (k == 0)

@@ -27,12 +27,12 @@ WEIGHTS = Path(__file__).parent / "weights"  # What `pretrain` made, kept in the
 # that learned from rich captions; the projection brings the embedding of the CLIP to the generator's condition.
 CLIP, TEACHER, GENERATOR, UNCLIP, PROJECTION = "clip", "teacher", "generator", "unclip", "projection"
 PROJECTION_FILE = "visual_proj.safetensors"
-TOKENS = 16  # Per text.
+TOKENS = 16  # Number of tokens per text.
 _VOCABULARY = len(vocabulary.tokens(captions.WORDS))
-# Of the patch code: an object lies in one column or row of the 2 x 2 latents, which makes its place easy to learn.
+# Of the patch code. An object lies in one column or row of the 2 x 2 latents, so that its place is easy to learn.
 _PATCH, _CHANNELS = 8, 64
-_WIDTH = 64  # Of the U-Net and its text encoder.
-_BASIS_SCENES = 2048  # From which its patterns are made.
+_WIDTH = 64  # Channels of the U-Net and of its text encoder.
+_BASIS_SCENES = 2048  # Number of scenes from which the patterns of the patch code are made.
 
 SPEC = Spec(
     open_clip_name="world",

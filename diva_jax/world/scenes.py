@@ -7,7 +7,7 @@ import numpy as np
 
 SHAPES = ("square", "cross", "ring", "diamond")
 COLOURS = ("red", "green", "blue", "yellow")
-RELATIONS = ("left of", "right of", "above", "below")  # Of the first object to the second; neighbours are opposite.
+RELATIONS = ("left of", "right of", "above", "below")  # Where the first object is; 0 and 1, 2 and 3 are opposites.
 
 # What the two images of a pair of the tests differ in.
 FACTS = ("relation", "binding", "colour", "shape")

@@ -100,7 +100,7 @@ class Tuner:
     def run(self, seed: int) -> Iterator[tuple[int, Towers, float]]:
         """Trains with one seed; yields (images seen, tuned towers, loss), see `trained`, early and at the end.
 
-        The images of a stage before the last one, in which the encoder rests, are not counted.
+        The images of stages before the last one, in which the encoder is not trained, are not counted.
         """
         begun = self.program.stages[-1].start
         for step, arrays, loss in trained(self.steps, self.initial(seed), begun + self._early):

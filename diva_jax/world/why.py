@@ -6,8 +6,8 @@ Three measurements at the kept CLIP, before the first step of tuning, of each ar
                condition and under that of the same scene with the fact changed (I-MMSE, see EVALUATION.md). Beside it
                stands what the generator knows when it is told in words, an upper bound.
   direction    the cosine, mean over pairs of scenes that differ in the fact, of the change of the difference of their
-               embeddings by one step against the mean gradient, and the difference of their texts' embeddings. Texts
-               can ask for nothing but what moves along it.
+               embeddings by one step against the mean gradient, and the difference of their texts' embeddings. A
+               text can only distinguish the two images along this difference.
   noise        the gradient noise scale (arXiv 1812.06162, equation 2.9): the number of images in a batch at which
                noise and signal have equal power.
 """
@@ -31,7 +31,7 @@ from diva_jax.world.knowledge import BINS, Generator
 from diva_jax.world.tuning import Tuner
 
 SEED = 9301
-GROUPS, IMAGES = 24, 128  # Of gradients.
+GROUPS, IMAGES = 24, 128  # Number of gradients, and of images of each.
 COUNT = 256  # Scenes per fact.
 _RESAMPLES = 2000
 _SHARE = 1e-3

@@ -96,7 +96,7 @@ class Feedback(Task):
     def bind(self, config, mesh) -> None:
         """Reads the images, at the resolution of training; a UserError where the objective lacks what is needed."""
         config = config.copy_and_resolve_references()
-        config.data.latents = ""  # Of the training data, not of these images.
+        config.data.latents = ""  # That cache is of the training data, not of these images.
         self.config, self.mesh = config, mesh
         self.program = Program(config, mesh)
         objective = self.program.objective

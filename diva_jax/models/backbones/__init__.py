@@ -50,7 +50,7 @@ class Features(NamedTuple):
     pooled: jax.Array
 
 
-_MAX_WIDTH = 2**20  # Of such a width, one matrix alone has a terabyte.
+_MAX_WIDTH = 2**20  # With this width, a single matrix has terabytes.
 _MAX_TOKENS = 2**16
 _INTERPOLATIONS = ("bilinear", "bicubic", "nearest", "lanczos", "box", "hamming")
 _SELECT = re.compile(r"all|none|(random|runs):[1-9]\d{0,4}")
@@ -93,7 +93,7 @@ class TextSpec:
     )
 
 
-# Of a backbone that has a vision tower alone.
+# The text tower of a backbone that has only a vision tower.
 NO_TEXT = TextSpec(context_length=0, vocab_size=0, width=0, heads=0, layers=0, mlp_dim=0, tokenizer="")
 
 

@@ -21,8 +21,8 @@ from diva_jax.models.library_config import LibraryConfig
 _OPTIONS = packaged(__file__, "options.json")["unet"]
 # Option -> its implemented values; diffusers' default is the first.
 _FIXED = _OPTIONS["fixed"]
-# Those without effect belong to options that are not implemented, but for two: softmax is always computed in float32,
-# and a frozen network has no dropout.
+# Most of the options without effect belong to others that are not implemented. Two do not: softmax is always computed
+# in float32, and a frozen network has no dropout.
 _USED = {*_OPTIONS["used"], *_OPTIONS["without_effect"]}
 _DEFAULTS = dict(in_channels=4, out_channels=4, cross_attention_dim=1280, norm_num_groups=32)
 _DEFAULTS |= dict(use_linear_projection=False)

@@ -20,7 +20,7 @@ _EPSILON = 1e-6
 _OPTIONS = packaged(__file__, "options.json")["vae"]
 # Option -> its implemented values; diffusers' default is the first.
 _FIXED = _OPTIONS["fixed"]
-# Those without effect are the decoder's, half precision in diffusers, and tiling.
+# The options without effect are those of the decoder, of half precision in diffusers, and of tiling.
 _USED = {*_OPTIONS["used"], *_OPTIONS["without_effect"]}
 _DEFAULTS = dict(in_channels=3, latent_channels=4, layers_per_block=1, norm_num_groups=32, scaling_factor=0.18215)
 _DEFAULTS |= dict(use_quant_conv=True, shift_factor=0.0)

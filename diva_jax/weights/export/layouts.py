@@ -137,7 +137,7 @@ def _config(fmt: str, spec: Spec, dtype: str, hub: str, source: ClipSource) -> d
     config = to_open_clip(spec)
     text = config["model_cfg"]["text_cfg"]
     if other:
-        text |= {"hf_tokenizer_name": "clip", "tokenizer_kwargs": {"clean": "lower"}}  # That of the folder's files.
+        text |= {"hf_tokenizer_name": "clip", "tokenizer_kwargs": {"clean": "lower"}}  # The tokenizer of the folder.
     if hub and spec.text.tokenizer == "clip" and "hf_tokenizer_name" in text:
         text["hf_tokenizer_name"] = hub  # From the hub, open_clip loads the tokenizer of this name.
     return config
