@@ -2,7 +2,7 @@
 
 An arm that gains nothing means something only if these criteria hold: the CLIP knows the objects and is blind to the
 absent facts alone; the generator and the teacher know the absent facts; and training with true labels, with the same
-text tower and the budget of every arm, restores sight in every seed. The runs with labels are those of the
+text tower and the budget of every arm, raises matches of these in every seed. The runs with labels are those of the
 experiment in OUT; missing ones are made. The exit code is 1 where a criterion does not hold.
 """
 
