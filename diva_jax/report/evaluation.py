@@ -185,7 +185,7 @@ def _timesteps(name: str, task: Task, used: Used) -> list[Chart]:
 
 
 # These two bounds are conventions: the effective rank of ImageNet images under CLIP encoders is in the hundreds, and
-# tuning moves it by a few percent; half of it lost, or half of the embedding's length turned away, is no fine-tuning.
+# tuning moves it by a few percent. A rank of half its value, or a mean cosine of one half, is more than fine-tuning.
 MIN_SHARE_OF_EFFECTIVE_RANK = 0.5
 MIN_COSINE_TO_ORIGINAL = 0.5
 # Metrics of the feedback whose expectation is zero where it is noise.
