@@ -7,10 +7,15 @@ are kept in `weights`, and `criteria` says what they know. `experiment` tunes th
 results.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
-from diva_jax.common import paths
+from absl import flags
+
+from diva_jax.common import cli, paths
 from diva_jax.common.errors import UserError
+
+flags.disclaim_key_flags()
 
 
 def folder(out: str | None, example: str) -> Path:
@@ -20,3 +25,10 @@ def folder(out: str | None, example: str) -> Path:
     found = paths.folder(out, "--out")
     paths.check_writable(found, "--out")
     return Path(found)
+
+
+def run(main: Callable[[], None], out: str) -> None:
+    """Runs a command of this package, which has the flag --out, described by `out`, beside its own. Flags are defined
+    where a module is run, not where it is imported: several modules have those of one name."""
+    flags.DEFINE_string("out", None, out)
+    cli.run(main)

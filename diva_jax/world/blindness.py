@@ -17,6 +17,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from absl import flags
 from PIL import Image
 
 from diva_jax import world
@@ -207,11 +208,5 @@ def _main() -> None:
 
 
 if __name__ == "__main__":
-    from absl import flags
-
-    from diva_jax.common import cli
-
-    # Here and not above: other modules of this package define --out as well.
-    flags.DEFINE_string("out", None, "Folder for the pairs.")
     flags.DEFINE_integer("pairs", 40, "Pairs for each fact.", 1)
-    cli.run(_main)
+    world.run(_main, "Folder for the pairs.")

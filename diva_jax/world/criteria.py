@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from absl import flags
+
 from diva_jax import world
 from diva_jax.common.errors import RunError
 from diva_jax.common.log import say
@@ -84,12 +86,6 @@ def _main() -> None:
 
 
 if __name__ == "__main__":
-    from absl import flags
-
-    from diva_jax.common import cli
-
-    # Here and not above: other modules of this package define --out as well.
-    flags.DEFINE_string("out", None, "Folder of the experiment.")
     flags.DEFINE_string("weights", "", "Folder of models in place of the kept ones; the labels are then left out.")
     flags.DEFINE_integer("seeds", 5, "Of the runs with labels.", 1)
-    cli.run(_main)
+    world.run(_main, "Folder of the experiment.")

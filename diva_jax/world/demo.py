@@ -11,6 +11,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from absl import flags
+
 from diva_jax import world
 from diva_jax.common import json_files, paths
 from diva_jax.common.errors import RunError, UserError
@@ -95,12 +97,6 @@ def _main() -> None:
 
 
 if __name__ == "__main__":
-    from absl import flags
-
-    from diva_jax.common import cli
-
-    # Here and not above: other modules of this package define --out as well.
-    flags.DEFINE_string("out", None, "Folder for everything that is written.")
     flags.DEFINE_multi_string("override", [], "A flag for the config, repeatable: --override=--config.steps=50.")
     flags.DEFINE_integer("pairs", 100, "Pairs per fact.", 1)
-    cli.run(_main)
+    world.run(_main, "Folder for everything that is written.")

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from absl import flags
 
 from diva_jax import world
 from diva_jax.common import log
@@ -122,16 +123,10 @@ def _main() -> None:
 
 
 if __name__ == "__main__":
-    from absl import flags
-
-    from diva_jax.common import cli
-
-    # Here and not above: other modules of this package define --out as well.
-    flags.DEFINE_string("out", None, "Folder for results.jsonl, table.md and pareto.png.")
     flags.DEFINE_list("arms", [], "Names of arms, see arms.py; default all.")
     flags.DEFINE_integer("seeds", 5, "Per arm.", 1)
     flags.DEFINE_integer("images", arms.Budget().images, "Of a run, counted as often as they are seen.", 8)
     flags.DEFINE_integer("batch_size", arms.Budget().batch_size, "Images per step.", 2)
     flags.DEFINE_integer("pairs", blindness.PAIRS, "Pairs per fact of the tests.", 1)
     flags.DEFINE_bool("search", False, "Use the seeds and tests of the search of rates.")
-    cli.run(_main)
+    world.run(_main, "Folder for results.jsonl, table.md and pareto.png.")

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+from absl import flags
 from flax import nnx
 
 from diva_jax import world
@@ -150,11 +151,5 @@ def _main() -> None:
 
 
 if __name__ == "__main__":
-    from absl import flags
-
-    from diva_jax.common import cli
-
-    # Here and not above: other modules of this package define --out as well.
-    flags.DEFINE_string("out", None, "Folder for the runs and the weights.")
     flags.DEFINE_float("shorter", 1.0, "Factor for steps and images, to try the command.", 0.0, 1.0)
-    cli.run(_main)
+    world.run(_main, "Folder for the runs and the weights.")

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from absl import flags
 
 from diva_jax import world
 from diva_jax.common.errors import UserError, listing
@@ -161,11 +162,5 @@ def _main() -> None:
 
 
 if __name__ == "__main__":
-    from absl import flags
-
-    from diva_jax.common import cli
-
-    # Here and not above: other modules of this package define --out as well.
-    flags.DEFINE_string("out", None, "Folder for why.json.")
     flags.DEFINE_list("arms", ["labels", "judge", "diva", "unclip"], "Names of arms, see arms.py.")
-    cli.run(_main)
+    world.run(_main, "Folder for why.json.")
