@@ -22,11 +22,9 @@ from PIL import Image
 
 from diva_jax.common import cli, paths
 from diva_jax.common.errors import UserError
+from diva_jax.common.json_files import packaged
 from diva_jax.data import tokenizers
 from diva_jax.models import backbones
-from diva_jax.models.backbones import TINY, Spec
-from diva_jax.models.backbones.shared.open_clip_config import to_open_clip
-from diva_jax.models.backbones.shared.transformer import Text
 from diva_jax.models.diffusion import presets
 from diva_jax.models.layers import Keys
 from diva_jax.weights import formats, names, parts
@@ -34,10 +32,9 @@ from diva_jax.weights import formats, names, parts
 _OUT = flags.DEFINE_string("out", None, "The folder to write.")
 
 # File in skimage/data -> caption.
-PHOTOGRAPHS: dict[str, str] = json.loads(Path(__file__).with_name("photos.json").read_text())
+PHOTOGRAPHS: dict[str, str] = packaged(__file__, "photos.json")
 # The longer side of an example is drawn from this range [pixels].
 _MIN_SIDE, _MAX_SIDE = 160, 384
-_JPEG_QUALITY = 90
 
 
 def _region(image: Image.Image, rng: np.random.Generator) -> Image.Image:
@@ -63,7 +60,7 @@ def examples(count: int = 96, seed: int = 0) -> Iterator[tuple[str, str, bytes]]
     images = {name: Image.open(folder / name).convert("RGB") for name in PHOTOGRAPHS}
     for i, name in zip(range(count), itertools.cycle(PHOTOGRAPHS), strict=False):
         jpeg = io.BytesIO()
-        _region(images[name], np.random.default_rng((seed, i))).save(jpeg, "JPEG", quality=_JPEG_QUALITY)
+        _region(images[name], np.random.default_rng((seed, i))).save(jpeg, "JPEG", quality=90)
         yield name, PHOTOGRAPHS[name], jpeg.getvalue()
 
 
@@ -89,16 +86,6 @@ def pack_photos(out_dir: str | Path, count: int = 96, per_shard: int = 32) -> li
     return shards
 
 
-def write_clip(folder: Path, spec: Spec, seed: int = 0) -> None:
-    """Writes an open_clip folder with random weights: both towers and logit_scale."""
-    vision = backbones.build(spec, rngs=Keys(seed))
-    text = Text(spec, rngs=Keys(seed + 1))
-    tensors = names.to_torch(nnx.state(vision), names.table("vision", spec))
-    tensors |= names.to_torch(nnx.state(text), names.table("text", spec))
-    tensors["logit_scale"] = np.asarray(np.log(1 / 0.07), np.float32)
-    formats.write_open_clip(folder, tensors, to_open_clip(spec))
-
-
 def write_byte_tokenizer(folder: Path) -> None:
     """Writes CLIP's byte-level vocabulary without merges, 514 tokens, as transformers' vocab.json and merges.txt."""
     letters = tokenizers.BYTE_LETTERS
@@ -111,7 +98,7 @@ def write_byte_tokenizer(folder: Path) -> None:
 def write_stable_diffusion(folder: Path, config: dict) -> None:
     """Writes a diffusers folder of a result of `presets.preset` with random weights; of the VAE, only the encoder."""
     rngs = Keys()
-    for name, content in json.loads(Path(__file__).with_suffix(".json").read_text("utf-8")).items():
+    for name, content in packaged(__file__, "demo.json").items():
         path, part = folder / name, name.partition("/")[0]
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(content | config.get(part, {}), indent=1))
@@ -128,7 +115,7 @@ def write_all(out: Path) -> None:
     for i, (photograph, _, jpeg) in enumerate(examples(24)):
         paths.write_whole(out / "images" / Path(photograph).stem / f"{i:04d}.jpg", jpeg)
     print(f"writing a tiny CLIP to {out / 'clip'}", flush=True)
-    write_clip(out / "clip", TINY)
+    names.write_random_clip(out / "clip", backbones.TINY)
     write_byte_tokenizer(out / "clip")
     print(f"writing a tiny Stable Diffusion to {out / 'stable-diffusion'}", flush=True)
     write_stable_diffusion(out / "stable-diffusion", presets.preset("tiny"))

@@ -43,11 +43,11 @@ def files(tmp_path_factory):
     import small  # Imported here because it creates arrays.
 
     from diva_jax import demo
-    from diva_jax.demo import pack_photos
+    from diva_jax.weights import names
 
     folder = tmp_path_factory.mktemp("files")
-    pack_photos(folder / "photos", count=24, per_shard=8)
-    demo.write_clip(folder / "clip", small.SPEC)
+    demo.pack_photos(folder / "photos", count=24, per_shard=8)
+    names.write_random_clip(folder / "clip", small.SPEC)
     demo.write_stable_diffusion(folder / "stable-diffusion", small.diffusion())
     return folder
 

@@ -11,6 +11,7 @@ ignore the other known ones, and in transformers' models, as each architecture's
 import functools
 from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -23,10 +24,11 @@ from diva_jax.common.json_files import packaged
 from diva_jax.data import preprocess
 from diva_jax.models import backbones, layers
 from diva_jax.models.backbones import Spec, TextSpec, architecture, architectures
+from diva_jax.models.backbones.shared.open_clip_config import to_open_clip
 from diva_jax.models.backbones.shared.transformer import Text, require_text
 from diva_jax.models.backbones.shared.transformers_layout import Layout, Recipe, image_processor
 from diva_jax.models.names import Table, flat, from_torch_layout, to_torch_layout, torch_shape
-from diva_jax.weights.formats import Tensor, Tensors
+from diva_jax.weights.formats import Tensor, Tensors, write_open_clip
 
 # Tensors that are read at the same time. Each needs its own memory a second time meanwhile.
 _READERS = 2
@@ -127,6 +129,14 @@ def table(tower: str, spec: Spec) -> Table:
 def abstract(tower: str, spec: Spec, **kw) -> nnx.Module:
     """The tower "vision" or "text" with shapes in place of arrays; other arguments as `backbones.build`'s."""
     return layers.abstract(lambda rngs: _MODULES[tower](spec, rngs=rngs, **kw))
+
+
+def write_random_clip(folder: Path, spec: Spec, seed: int = 0) -> None:
+    """Writes an open_clip folder with random weights: both towers and logit_scale."""
+    tensors = {"logit_scale": np.asarray(np.log(1 / 0.07), np.float32)}
+    for i, (tower, build) in enumerate(_MODULES.items()):
+        tensors |= to_torch(nnx.state(build(spec, rngs=layers.Keys(seed + i))), table(tower, spec))
+    write_open_clip(folder, tensors, to_open_clip(spec))
 
 
 def misfits(tower: str, shapes: Mapping[str, tuple[int, ...]], spec: Spec) -> list[str]:

@@ -184,14 +184,10 @@ def arm_config(arm: Arm, seed: int, budget: Budget, random: str | os.PathLike = 
       random: folder of a teacher with random weights.
     """
     c = models.base_config(arm.objective, models.UNCLIP_DIFFUSION if arm.teacher == models.UNCLIP else None)
-    fields = dict(arm.fields)
-    table = fields.pop("trainable", None)
     c.ema.decay, c.optim.warmup_steps, c.accum = _DECAY, _WARMUP, 1
     c.optim.schedule = "constant"  # The moving average of weights replaces a decay.
     c.update(seed=seed, batch_size=budget.batch_size, steps=budget.images // budget.batch_size)
-    c.update_from_flattened_dict(fields)
-    if table:
-        c.trainable = table
+    c.update_from_flattened_dict(arm.fields)
     if arm.teacher == RANDOM:
         taught_by = c.diffusion if "diffusion" in c else c.kuea.teacher if "kuea" in c else c.teacher
         taught_by.source = str(random)

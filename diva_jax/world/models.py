@@ -5,21 +5,14 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from diva_jax import config
-from diva_jax.models import backbones
 from diva_jax.models.backbones import HALF, Spec, TextSpec
-from diva_jax.models.backbones.shared.open_clip_config import to_open_clip
-from diva_jax.models.backbones.shared.transformer import Text
 from diva_jax.models.diffusion import presets
-from diva_jax.models.diffusion.presets import Diffusion
-from diva_jax.models.diffusion.text_encoder import TextEncoder
-from diva_jax.models.diffusion.unet import UNet
 from diva_jax.models.layers import Keys
-from diva_jax.weights import formats, names
+from diva_jax.weights import formats, names, parts
 from diva_jax.world import captions, drawing, patch_code, scenes, vocabulary
 
 WEIGHTS = Path(__file__).parent / "weights"  # What `pretrain` made, kept in the repository.
@@ -125,11 +118,7 @@ def base_config(objective: str, diffusion: Mapping | None = None):
 
 def write_new_clip(folder: Path, seed: int = 0) -> None:
     """Writes both towers with random weights and the tokenizer, in open_clip's layout."""
-    vision, text = backbones.build(SPEC, rngs=Keys(seed)), Text(SPEC, rngs=Keys(seed + 1))
-    tensors = names.to_torch(nnx.state(vision), names.table("vision", SPEC))
-    tensors |= names.to_torch(nnx.state(text), names.table("text", SPEC))
-    tensors["logit_scale"] = np.asarray(np.log(1 / 0.07), np.float32)
-    formats.write_open_clip(folder, tensors, to_open_clip(SPEC))
+    names.write_random_clip(folder, SPEC, seed)
     vocabulary.write(folder, captions.WORDS, TOKENS)
 
 
@@ -138,8 +127,7 @@ def basis(seed: int = 0) -> tuple[np.ndarray, float]:
     images = drawing.draw(scenes.sample(np.random.default_rng(seed), _BASIS_SCENES)).astype(np.float32)
     images = images / 127.5 - 1
     patterns = patch_code.principal(images, _PATCH, _CHANNELS)
-    rows = images.reshape(len(images), drawing.SIDE // _PATCH, _PATCH, drawing.SIDE // _PATCH, _PATCH, 3)
-    codes = rows.swapaxes(2, 3).reshape(-1, _PATCH * _PATCH * 3) @ patterns
+    codes = patch_code.patches(images, _PATCH) @ patterns
     return patterns, float(np.round(1 / np.sqrt(np.mean(codes**2)), 3))
 
 
@@ -152,13 +140,11 @@ def write_part(folder: Path, part: str, options: Mapping, tensors: Mapping[str, 
 
 def write_new_diffusion(folder: Path, diffusion: Mapping, seed: int = 0) -> None:
     """Writes a generator with random weights and the world's patch code, in diffusers' layout."""
-    d = Diffusion.from_dict(dict(source="", prompt="", text_tokens=TOKENS, **diffusion))
+    d = presets.Diffusion.from_dict(dict(source="", prompt="", text_tokens=TOKENS, **diffusion))
     rngs = Keys(seed)
-    unet, text = UNet(d.unet, rngs=rngs), TextEncoder(d.text_encoder, rngs=rngs)
-    write_part(folder, "unet", diffusion["unet"], names.to_torch(nnx.state(unet), TABLES["unet"]))
-    write_part(
-        folder, "text_encoder", diffusion["text_encoder"], names.to_torch(nnx.state(text), TABLES["text_encoder"])
-    )
+    for of in (d.unet, d.text_encoder):
+        part, model, table, _ = parts.STABLE_DIFFUSION[type(of)]
+        write_part(folder, part, diffusion[part], names.to_torch(nnx.state(model(of, rngs=rngs)), table))
     write_part(folder, "vae", diffusion["vae"], {"basis": basis()[0].astype(np.float32)})
     (folder / "scheduler").mkdir(exist_ok=True)
     formats.write_json(
@@ -176,6 +162,6 @@ def write_new_diffusion(folder: Path, diffusion: Mapping, seed: int = 0) -> None
     (folder / "model_index.json").write_text(json.dumps(index, indent=1))
 
 
-def rounded(tensors: Mapping[str, np.ndarray], dtype=jnp.float16) -> dict[str, np.ndarray]:
-    """The same tensors in the type in which they are kept."""
-    return {name: np.asarray(a).astype(dtype) for name, a in tensors.items()}
+def rounded(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The same tensors in the type in which they are kept, float16."""
+    return {name: np.asarray(a).astype(np.float16) for name, a in tensors.items()}

@@ -72,10 +72,17 @@ class PatchCodeConfig:
         return config
 
 
+def patches(images, side: int):
+    """Patches of images, numpy's or jax's, as vectors: [N, H, W, C] -> [N, H / side, W / side, side**2 * C]."""
+    n, h, w, c = images.shape
+    tiles = images.reshape(n, h // side, side, w // side, side, c).swapaxes(2, 3)
+    return tiles.reshape(n, h // side, w // side, side * side * c)
+
+
 class PatchCode(nnx.Module):
     """Latents are the projections of image patches on orthonormal patterns, `basis`; there is nothing random.
 
-    It has the methods of `vae.VAE` that objectives use, and `decode`.
+    It has the methods of `vae.VAE` that objectives use.
 
     Args:
       config: the shape.
@@ -90,22 +97,11 @@ class PatchCode(nnx.Module):
 
     def moments(self, images: Array) -> Array:
         """Returns the code: [B, H, W, in_channels] in [-1, 1] -> [B, H/p, W/p, latent_channels]."""
-        p = self.config.patch_size
-        b, h, w, c = images.shape
-        patches = images.astype(self.dtype).reshape(b, h // p, p, w // p, p, c).swapaxes(2, 3)
-        flat = patches.reshape(b, h // p, w // p, p * p * c)
-        return flat @ self.basis[...].astype(self.dtype)
+        return patches(images.astype(self.dtype), self.config.patch_size) @ self.basis[...].astype(self.dtype)
 
     def encode(self, images: Array) -> Array:
         """Returns the latents for the U-Net, `config.latents` of the code."""
         return self.config.latents(self.moments(images))
-
-    def decode(self, latents: Array) -> Array:
-        """Returns the images nearest to latents [B, h, w, latent_channels]: [B, h p, w p, in_channels]."""
-        p, c = self.config.patch_size, self.config.in_channels
-        b, h, w, _ = latents.shape
-        flat = latents @ self.basis[...].T.astype(latents.dtype) / self.config.scaling_factor
-        return flat.reshape(b, h, w, p, p, c).swapaxes(2, 3).reshape(b, h * p, w * p, c)
 
 
 def principal(images: np.ndarray, patch: int, channels: int) -> np.ndarray:
@@ -116,8 +112,7 @@ def principal(images: np.ndarray, patch: int, channels: int) -> np.ndarray:
       patch: side of a patch [pixels].
       channels: patterns.
     """
-    n, h, w, c = images.shape
-    flat = images.reshape(n, h // patch, patch, w // patch, patch, c).swapaxes(2, 3).reshape(-1, patch * patch * c)
+    flat = patches(images, patch).reshape(-1, patch * patch * images.shape[-1])
     _, vectors = np.linalg.eigh(flat.T.astype(np.float64) @ flat)
     vectors = vectors[:, ::-1][:, :channels]
     largest = np.abs(vectors).argmax(axis=0)

@@ -7,9 +7,8 @@ The results are written to OUT/weights in the layouts of open_clip and diffusers
 copied to diva_jax/world/weights they are what every other command of the world starts from.
 """
 
-import contextlib
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,7 +39,7 @@ class Stage(NamedTuple):
     objective: str
     captions: str
     seed: int
-    fields: Mapping[str, object]
+    fields: dict[str, object]
 
 
 _CLIP = {"steps": 1000, "batch_size": 256, "optim.lr": 1e-3, "optim.warmup": 0.1}
@@ -69,12 +68,8 @@ def stage_config(name: str, out: Path, shorter: float = 1.0):
     is a factor for the number of steps and the images of each."""
     stage = STAGES[name]
     c = models.base_config(stage.objective, models.UNCLIP_DIFFUSION if name == models.UNCLIP else None)
-    fields = dict(stage.fields)
-    table = fields.pop("trainable", None)
-    fields |= {n: max(least, round(shorter * fields[n])) for n, least in (("steps", 2), ("batch_size", 8))}
-    c.update_from_flattened_dict(fields)
-    if table:
-        c.trainable = table
+    sizes = {n: max(least, round(shorter * stage.fields[n])) for n, least in (("steps", 2), ("batch_size", 8))}
+    c.update_from_flattened_dict(stage.fields | sizes)
     c.accum, c.seed, c.data.path = 1, stage.seed, records.path(stage.seed, stage.captions)
     from_random = stage.objective == objectives.CLIP
     c.backbone.source = str(out / "start" / name if from_random else out / "weights" / models.CLIP)
@@ -84,22 +79,12 @@ def stage_config(name: str, out: Path, shorter: float = 1.0):
     return c
 
 
-@contextlib.contextmanager
-def _whole(folder: Path) -> Iterator[Path]:
-    """A new folder that has the given name once it is filled."""
-    partial = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    yield partial
-    partial.rename(folder)
-
-
 def write_start(name: str, folder: Path) -> None:
     """Writes the random weights that a stage starts from, unless they are there or it starts from earlier stages."""
     kind = {models.GENERATOR: models.DIFFUSION, models.UNCLIP: models.UNCLIP_DIFFUSION}.get(name)
     if folder.exists() or name == models.PROJECTION:
         return
-    with _whole(folder) as partial:
+    with formats.new_folder(folder) as partial:
         if kind:
             models.write_new_diffusion(partial, kind, seed=STAGES[name].seed)
         else:
@@ -140,7 +125,7 @@ def pretrain(out: Path, shorter: float = 1.0) -> None:
             config = stage_config(name, out, shorter)
             program = Program(config, partition.make_mesh(config.mesh, jax.devices()[:1]))
             ((_, arrays, loss),) = tuning.trained(Steps(program), workdirs.initial_arrays(program)[0])
-            with _whole(folder) as partial:
+            with formats.new_folder(folder) as partial:
                 write_result(name, start, partial, program, arrays)
             say(f"{name}: loss {loss:.4f}")
         say(f"{name}: {folder}")

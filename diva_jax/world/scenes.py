@@ -32,10 +32,6 @@ class Scenes:
     def __len__(self) -> int:
         return len(self.relation)
 
-    def take(self, rows) -> "Scenes":
-        """The scenes of these rows."""
-        return Scenes(*(getattr(self, f.name)[rows] for f in dataclasses.fields(self)))
-
 
 def sample(rng: np.random.Generator, count: int) -> Scenes:
     """`count` scenes."""

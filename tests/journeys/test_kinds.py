@@ -13,8 +13,8 @@ from records import write_tfds
 from specs import DINOV2, GELU, METACLIP2_FOLDER, QUICK, SIGLIP2_FOLDER, SIGLIP_FOLDER
 from torch_models import transformers_folder
 
-from diva_jax import demo
 from diva_jax.models.backbones.shared.open_clip_config import from_open_clip
+from diva_jax.weights import names
 
 COUNT = 16
 # The objective of docs/WRITE_AN_OBJECTIVE.md, which trains the tower alone, on any weights that describe themselves.
@@ -47,10 +47,10 @@ def write_data(root) -> dict[str, str]:
 
 # Kind of data -> (kind of backbone, what writes its folder and its spec, format of the export).
 KINDS = {
-    "folder": ("vit", (demo.write_clip, QUICK), "open_clip"),
+    "folder": ("vit", (names.write_random_clip, QUICK), "open_clip"),
     "tars": ("siglip", (transformers_folder, SIGLIP_FOLDER), "hf"),
     "images.csv": ("metaclip2", (transformers_folder, METACLIP2_FOLDER), "hf"),
-    "images.parquet": ("vit_gelu", (demo.write_clip, GELU), "pt"),
+    "images.parquet": ("vit_gelu", (names.write_random_clip, GELU), "pt"),
     "saved": ("dinov2", (transformers_folder, DINOV2), "hf"),
     "tfds": ("siglip2", (transformers_folder, SIGLIP2_FOLDER), "hf"),
 }
@@ -99,7 +99,7 @@ def test_eva02_from_a_folder_to_open_clip(walked):
 
     model = open_clip.get_model_config("EVA02-B-16")
     model["text_cfg"] |= {"width": 64, "heads": 2, "layers": 2}
-    demo.write_clip(walked / "eva02", from_open_clip({"model_cfg": model}))
+    names.write_random_clip(walked / "eva02", from_open_clip({"model_cfg": model}))
     for command, line in lines("eva02", f"{walked}/data/folder", walked / "data/folder", "open_clip"):
         commands.succeed(command, *line, cwd=walked)
     same(walked, "eva02")

@@ -19,14 +19,14 @@ import diva_jax
 from diva_jax import api, demo
 from diva_jax.data import images
 from diva_jax.training.step import train_step
-from diva_jax.weights import parts
+from diva_jax.weights import names, parts
 
 COUNT = 5
 
 
 @pytest.fixture(scope="module")
 def clip(home):
-    demo.write_clip(home, EVAL_CLIP)
+    names.write_random_clip(home, EVAL_CLIP)
     demo.write_byte_tokenizer(home)
     return home
 

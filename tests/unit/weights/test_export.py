@@ -28,7 +28,7 @@ PROVENANCE = dict(workdir="runs/a", step=40, config=CONFIG, sources=SOURCES, bas
 
 @pytest.fixture(scope="module")
 def clip(home):
-    demo.write_clip(home, EVAL_CLIP)
+    names.write_random_clip(home, EVAL_CLIP)
     demo.write_byte_tokenizer(home)
     return origins.open_source(str(home))
 

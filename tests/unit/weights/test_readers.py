@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from places import ROOT
 from specs import DINOV2, QUICK
 
-from diva_jax import config as configs, demo, weights
+from diva_jax import config as configs, weights
 from diva_jax.common import fields
 from diva_jax.common.errors import UserError
 from diva_jax.models.backbones import Spec, build, spec_of
@@ -192,7 +192,7 @@ def longer(**changes):
 
 
 def test_a_checkpoint_is_stretched_only_where_that_is_asked_for(tmp_path):
-    demo.write_clip(folder := tmp_path / "clip", small.SPEC)
+    names.write_random_clip(folder := tmp_path / "clip", small.SPEC)
     stored = np.asarray(formats.open_file(folder / "open_clip_model.safetensors")["positional_embedding"])
     text = weights.load(str(folder), longer(context_length=248, kept_positions=20), tower="text")
     np.testing.assert_array_equal(text.pos_embed[...], names.stretch(stored, 248, 20))
