@@ -20,7 +20,6 @@ from diva_jax.data import images
 from diva_jax.evals.encode import parse_readout
 from diva_jax.models import backbones
 from diva_jax.models.diffusion import presets
-from diva_jax.models.diffusion.presets import Diffusion
 from diva_jax.training import compiler, terms, workdirs
 from diva_jax.training.step import OptimOptions
 from diva_jax.weights import origins
@@ -286,7 +285,7 @@ def validate(config: ConfigDict, devices: int) -> None:
         # float64 is for checks by finite differences.
         raise UserError("config.dtype and config.frozen_dtype are float64 only with JAX_ENABLE_X64=1 set: use float32")
     if "diffusion" in config:
-        factor = Diffusion.from_dict(config.diffusion.to_dict()).vae.downscale
+        factor = presets.Diffusion.from_dict(config.diffusion.to_dict()).vae.downscale
         if (size := config.data.image_size) % factor:
             problem = f"config.data.image_size={size} must be a multiple of {factor}"
             raise UserError(f"{problem}, by which the VAE reduces images")

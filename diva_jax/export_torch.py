@@ -18,16 +18,16 @@ from diva_jax import config as configs
 from diva_jax.common import cli
 from diva_jax.common.errors import UserError
 from diva_jax.models.backbones import spec_of
-from diva_jax.weights.export import publish
+from diva_jax.weights.export import layouts, publish
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "The workdir of the run to export.")
 _SOURCE = flags.DEFINE_string("source", None, "Instead of --workdir: a file, folder or hub id of CLIP weights.")
 _CONFIG = cli.define_config("The config of a --source without a config file.")
 _OUT = flags.DEFINE_string("out", None, "The folder to write; it must not exist or be empty.")
-_FORMAT = flags.DEFINE_enum("format", "open_clip", ("open_clip", "hf", "pt"), "The format to write.")
+_FORMAT = flags.DEFINE_enum("format", "open_clip", layouts.FORMATS, "The format to write.")
 _TOKENIZER = flags.DEFINE_string("tokenizer", None, "A folder with the tokenizer's files, in place of the source's.")
 _STEP = flags.DEFINE_integer("step", None, "The step of the checkpoint in --workdir; the default is the newest.")
-_DTYPE = flags.DEFINE_enum("dtype", "float32", ("float32", "float16", "bfloat16"), "The dtype of the exported weights.")
+_DTYPE = flags.DEFINE_enum("dtype", "float32", layouts.DTYPES, "The dtype of the exported weights.")
 _LICENSE = flags.DEFINE_string("license", "", "The card's license, as the hub has them: mit, apache-2.0, ...")
 _BASE = flags.DEFINE_string("base_model", "", "The card's base model; the default is the source, if it is a hub id.")
 _RESULTS = flags.DEFINE_string("results", "", "A results.json of diva_jax.evaluate, whose scores the card then has.")
@@ -47,11 +47,10 @@ def main() -> None:
         raise UserError("--config is for --source only: remove it, the run of a --workdir has its own")
     # Only one image is encoded, and the reference is computed in float32.
     jax.config.update("jax_platforms", "cpu")
-    config = None if _CONFIG.value is None else cli.config_of(_CONFIG)
+    spec = None if _CONFIG.value is None else spec_of(cli.config_of(_CONFIG))
     if _WORKDIR.value:
         configs.check_runs([given])
     card = publish.ExportOptions(*(flag.value or "" for flag in options))
-    spec = spec_of(config) if config else None
     place = dict(run=bool(_WORKDIR.value), step=_STEP.value, spec=spec)
     publish.export(given, _OUT.value, _FORMAT.value, _DTYPE.value, card, **place)
 

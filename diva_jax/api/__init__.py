@@ -19,7 +19,6 @@ from diva_jax.data.inputs import Example
 from diva_jax.data.sources import listed
 from diva_jax.evals import Settings, evaluator, results, seeds
 from diva_jax.models import backbones
-from diva_jax.models.backbones import Spec
 from diva_jax.objectives import Progress
 from diva_jax.training import loop, partition, workdirs
 from diva_jax.training.step import Program, image_keys
@@ -101,7 +100,6 @@ class Loss:
     def _trace(self, params, frozen, batch, key, step):
         with self._program.tracing():
             keys = image_keys(key, step, batch["row"])
-
             p, progress = self._program, ()
             if p.objective.follows_run:
                 done = (step - p.stages[-1].start) / p.stages[-1].steps
@@ -217,7 +215,7 @@ def read_config(config: Config, fields: Mapping[str, Any] | None = None) -> Conf
 
 @named()
 def load(
-    source: str | os.PathLike, *, spec: Spec | str | None = None, batch_size: int = 64, dtype: str = "float32"
+    source: str | os.PathLike, *, spec: backbones.Spec | str | None = None, batch_size: int = 64, dtype: str = "float32"
 ) -> Encoder:
     """Loads an encoder onto the devices of this process.
 

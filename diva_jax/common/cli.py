@@ -27,8 +27,6 @@ from diva_jax.common.errors import RunError, Terminated, UserError, place, print
 
 # Time in which threads must end after a command has ended; one of them may wait for a disk that is gone [s].
 _LINGER_S = 10.0
-# Values that a message quotes may be of any length.
-_MAX_MESSAGE_CHARS = 10_000
 # What a signal raises -> the signal, the exit code, as shells have it, and what is said; a training run that has saved
 # ends with 0 after SIGTERM.
 _SIGNALS = {KeyboardInterrupt: (signal.SIGINT, 130, "interrupted"), Terminated: (signal.SIGTERM, 143, "terminated")}
@@ -140,8 +138,8 @@ def _help(main: Callable, arguments: Sequence[str], describe: Describe | None) -
     return "\n".join(lines)
 
 
-def _end_within(seconds: float, code: int, message: str = "") -> None:
-    """Ends the process after some seconds, whatever its threads wait for, if it has not ended by then."""
+def _end_soon(code: int, message: str = "") -> None:
+    """Ends the process after `_LINGER_S`, whatever its threads wait for, if it has not ended by then."""
 
     def end():
         if message:
@@ -150,7 +148,7 @@ def _end_within(seconds: float, code: int, message: str = "") -> None:
         sys.stderr.flush()
         os._exit(code)
 
-    timer = threading.Timer(seconds, end)
+    timer = threading.Timer(_LINGER_S, end)
     timer.daemon = True
     timer.start()
 
@@ -167,7 +165,7 @@ def _raises(error: type[BaseException]) -> Callable:
 
     def handle(*_):
         _handled.append(error)
-        _end_within(_LINGER_S, *_SIGNALS[error][1:])
+        _end_soon(*_SIGNALS[error][1:])
         raise error
 
     return handle
@@ -211,14 +209,14 @@ def _run(main: Callable[..., None], arguments: Sequence[str], describe: Describe
         if "trust_objective" in flags.FLAGS and flags.FLAGS["trust_objective"].value:
             config_files.trust()
         main(*given)
-        _end_within(_LINGER_S, 0)
+        _end_soon(0)
 
 
 def _unexpected(e: BaseException) -> tuple[int, str]:
     """(exit code, what is said) of an exception that is being handled, whose trace is written to a file."""
     if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT):
         return 1, f"error: {e.strerror}: make room, and start the command again"
-    said = " ".join(f"{type(e).__name__}: {e}".split())[:300]
+    said = errors.reason(e)
     if any(frame.filename.endswith("xla_bridge.py") for frame in traceback.extract_tb(e.__traceback__)[-1:]):
         problem = f"JAX has no device, JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')!r} ({said})"
         return 2, f"error: {problem}: unset it, or pip install -e '.[tpu]' or '.[cuda]', as this machine has devices"
@@ -263,6 +261,7 @@ def run(main: Callable[..., None], arguments: Sequence[str] = (), described: Des
         if kind not in _SIGNALS and _handled and _handled[-1].__name__ in traceback.format_exc():
             kind = _handled[-1]
         code, message = _SIGNALS[kind][1:] if kind in _SIGNALS else _unexpected(e)
-    print(printable(" ".join(message.split()))[:_MAX_MESSAGE_CHARS], file=sys.stderr, flush=True)
-    _end_within(_LINGER_S, code)
+    # Values that a message quotes may be of any length.
+    print(printable(" ".join(message.split()))[:10_000], file=sys.stderr, flush=True)
+    _end_soon(code)
     sys.exit(code)

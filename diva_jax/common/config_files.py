@@ -3,7 +3,6 @@ paths. These are imported where a config file asks for them alone. A workdir may
 names is imported only where the config file names it too, where it is imported already, or after `--trust_objective`.
 """
 
-import importlib
 import importlib.util
 import os
 import re

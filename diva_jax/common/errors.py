@@ -34,7 +34,7 @@ class Terminated(BaseException):
     """SIGTERM came where there is nothing to save."""
 
 
-def reason(e: Exception) -> str:
+def reason(e: BaseException) -> str:
     """An exception on one line; those of object stores can be pages long."""
     return " ".join(f"{type(e).__name__}: {e}".split())[:300]
 

@@ -91,9 +91,6 @@ def keep_in(file: TextIO | None) -> None:
     _file = file
 
 
-_PACKAGES = ("jax", "jaxlib", "flax", "numpy", "pillow", "transformers")
-
-
 def now() -> str:
     """Returns the time in UTC: `2026-01-31T12:00:00+00:00`."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
@@ -102,7 +99,8 @@ def now() -> str:
 def describe() -> dict[str, Any]:
     """Returns {"versions": package -> version, "devices": such as "8 x TPU v5e"}; the devices of all processes."""
     devices = jax.devices()
-    versions = {p: importlib.metadata.version(p) for p in _PACKAGES}
+    packages = ("jax", "jaxlib", "flax", "numpy", "pillow", "transformers")
+    versions = {package: importlib.metadata.version(package) for package in packages}
     return {
         "versions": {"diva_jax": __version__, "python": platform.python_version()} | versions,
         "devices": f"{len(devices)} x {devices[0].device_kind}",

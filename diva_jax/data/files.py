@@ -18,7 +18,6 @@ import fsspec
 
 from diva_jax.common import json_files, log
 from diva_jax.common.errors import UserError, brief, explained, listing
-from diva_jax.common.json_files import packaged
 from diva_jax.common.paths import demo_hint, is_remote
 
 # Encoded images are smaller; a larger file is a sparse one, for example.
@@ -37,12 +36,14 @@ WHAT = (
 )
 # Kind of data -> suffixes of its files, in the order in which a folder's files are looked through: img2dataset writes
 # a .parquet file of metadata beside each shard and each folder of images, for example. The last two are not read.
-_SUFFIXES = packaged(__file__, "kinds.json")
+_SUFFIXES = json_files.packaged(__file__, "kinds.json")
 *KINDS, UNREAD, _PACKED = _SUFFIXES
 IMAGE_SUFFIXES = _SUFFIXES["images"]
 
 _SEPARATORS = ",\t;|"
 _MAX_LINE = 2**24
+# Threads that ask for many files, or read their headers, which is mostly waiting for the disk.
+THREADS = 16
 _USTAR_OFFSET, _USTAR = 257, b"ustar"
 
 
@@ -180,7 +181,7 @@ def _matches(pattern: str) -> list[str]:
         if matched:
             return matched
         raise UserError(f"config.data.path={pattern!r} matches no file: give it {WHAT}")
-    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+    with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
         missing = [f for f, there in zip(names, pool.map(exists, names), strict=True) if not there]
     if missing == [pattern]:
         raise UserError(f"config.data.path={pattern!r} does not exist: {demo_hint(pattern) or f'give it {WHAT}'}")

@@ -16,7 +16,6 @@ from diva_jax.common.json_files import open_regular
 from diva_jax.data import files
 
 INTERPOLATIONS = ("bilinear", "bicubic", "lanczos")
-_ATTEMPTS = 10
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom [pixels]
 
@@ -27,7 +26,7 @@ def sample_box(
     """Draws torchvision's RandomResizedCrop: the share of the area is uniform in `scale`, width over height log-uniform
     in `ratio`; after ten boxes that do not fit, it is the largest central one whose ratio is in range."""
     low, high = math.log(ratio[0]), math.log(ratio[1])
-    for _ in range(_ATTEMPTS):
+    for _ in range(10):
         area = width * height * rng.uniform(*scale)
         aspect = math.exp(rng.uniform(low, high))
         w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))

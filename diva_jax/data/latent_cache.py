@@ -27,7 +27,6 @@ from pydantic import Field
 from diva_jax.common import json_files, paths
 from diva_jax.common.errors import RunError, UserError, explained, listing
 from diva_jax.common.fields import differences
-from diva_jax.common.json_files import Record
 from diva_jax.data.images import Box
 from diva_jax.data.sources import Source
 
@@ -38,7 +37,6 @@ _Side = Annotated[int, Field(ge=1, le=2**30)]
 _HEADER = struct.Struct("<qiI4i")
 # About the largest sizes that array_record adds to an entry and to a shard.
 _ENTRY_OVERHEAD_BYTES, _SHARD_OVERHEAD_BYTES = 160, 2**17
-_MAX_OPEN_SHARDS = 256
 _MAX_SHARDS = 10**6
 _AGAIN = "make the cache of this config and data with python -m diva_jax.cache_latents"
 # Records that are compared with the data when a cache is opened.
@@ -73,7 +71,7 @@ def checksum(record, with_text: bool) -> int:
     return zlib.crc32(record.text.encode("utf-8", "surrogatepass"), found) if with_text else found
 
 
-class Manifest(Record):
+class Manifest(json_files.Record):
     """latents.json: what a cache holds. `facts` are what the moments depend on beside images and boxes (the VAE, its
     weights, the crop setting), `crops` the number of each record's, `seed` the boxes', `shape` the moments'."""
 
@@ -166,7 +164,7 @@ class Cache:
         self._shapes = shapes or {"moments": manifest.shape}
         if wrong := differences(manifest.facts, facts):
             raise UserError(f"{self._named} was made with other settings: {listing(wrong, 3)}; {_AGAIN}")
-        self._reader = functools.lru_cache(maxsize=_MAX_OPEN_SHARDS)(_open)
+        self._reader = functools.lru_cache(maxsize=256)(_open)
 
     def check(self, source: Source, records: Iterable[int] | None = None) -> None:
         """Compares some records, by default spread over all, with those that the cache was made of. A UserError if they

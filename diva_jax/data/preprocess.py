@@ -88,9 +88,6 @@ def backbone_view(
     return normalise(resize(images, size, "cubic", antialias=True), mean, std)
 
 
-_TRIES = 10
-
-
 class Jitter(NamedTuple):
     """What was drawn for B images: `order` of the operations 0 brightness, 1 contrast, 2 saturation and 3 hue, int32
     [B, 4]; `factors` of each operation, by its number, float32 [B, 4]; `crop` (top, left, height, width) [pixels],
@@ -111,7 +108,7 @@ _COLORS, _SCALE, _RATIO = (0.1, 0.1, 0.1, 0.05), (0.9, 1.0), (0.9, 1.1)
 def _crop(key: Array, size: int) -> Array:
     """The first of ten boxes that lies within the image, else the whole image, [4] int32."""
     shape_key, place_key = jax.random.split(key)
-    area, ratio = jax.random.uniform(shape_key, (2, _TRIES))
+    area, ratio = jax.random.uniform(shape_key, (2, 10))
     low, high = _SCALE
     area = size**2 * (low + (high - low) * area)
     low, high = jnp.log(jnp.asarray(_RATIO))

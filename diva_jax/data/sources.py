@@ -33,8 +33,6 @@ _MAX_TEXTS, _MAX_TEXT = 64, 4096
 _MIXTURE, _MODULE = "mix:", "module:"
 # The shuffle of an epoch numbers its images with 32 bits.
 _MAX_EPOCH_IMAGES = 2**31
-# Threads that list folders.
-_LISTERS = 16
 # A path with options; a `?` that is part of a glob pattern has no NAME=VALUE after it.
 _OPTIONS = re.compile(r"(.*?)\?(\w+=[^?&=]*(?:&\w+=[^?&=]*)*)")
 _WEIGHTED = re.compile(r"(\d+(?:\.\d*)?|\.\d+)=(.+)", re.S)
@@ -160,7 +158,7 @@ class FolderSource(CaptionFiles):
     def _texts(self) -> dict[str, dict[str, str]]:
         """The samples' files with captions."""
         folders = {posixpath.dirname(p) for p in self._paths}
-        with concurrent.futures.ThreadPoolExecutor(_LISTERS) as pool:
+        with concurrent.futures.ThreadPoolExecutor(files.THREADS) as pool:
             there = [p for names in pool.map(files.names_in, folders) for p in names]
         texts = [p for p in there if p.lower().endswith(CAPTION_KINDS)]
         return files.group(zip(texts, texts, strict=True), "config.data.path")

@@ -15,7 +15,6 @@ from typing import Annotated, NamedTuple
 import jax
 import numpy as np
 import pydantic
-from pydantic import Field
 from tqdm import tqdm
 
 from diva_jax.common import log, paths
@@ -25,8 +24,6 @@ from diva_jax.data.sources import CAPTION_KINDS, MAX_CAPTION_BYTES, CaptionFiles
 
 # Part of the cached index's name; increased whenever the content of an index changes.
 _INDEX_VERSION = 6
-# Threads that read headers, which is mostly waiting for the disk.
-_SCANNERS = 16
 # Damaged shards that the log names; further ones are only counted.
 _MAX_NAMED = 20
 # A larger index, of more than thirty million images, is made at every start.
@@ -127,8 +124,8 @@ class _Index(NamedTuple):
         possible += [(np.diff(ends, prepend=0) >= 0).all(), ends.max(initial=0) <= len(names)]
         if not all(possible):
             raise ValueError("its numbers are not those of these shards")
-        left = tuple[Annotated[int, Field(ge=0)], list[str]]
-        note = tuple[Annotated[int, Field(ge=0, lt=shards)], str, left, left]
+        left = tuple[Annotated[int, pydantic.Field(ge=0)], list[str]]
+        note = tuple[Annotated[int, pydantic.Field(ge=0, lt=shards)], str, left, left]
         pydantic.TypeAdapter(list[note]).validate_json(str(self.notes))
         return self
 
@@ -185,7 +182,7 @@ def _index(shards: Sequence[str], cache_dir: str | None) -> _Index:
         except OSError:
             return shard, -1, ""
 
-    with concurrent.futures.ThreadPoolExecutor(_SCANNERS) as pool:
+    with concurrent.futures.ThreadPoolExecutor(files.THREADS) as pool:
         if cache_dir:  # The file's name changes whenever a shard is added, removed, replaced or written to.
             facts = json.dumps([_INDEX_VERSION, list(pool.map(version, shards))]).encode()
             cached = os.path.join(cache_dir, f"tar_index_{hashlib.sha256(facts).hexdigest()[:20]}.npz")

@@ -11,8 +11,6 @@ from diva_jax.common.errors import UserError, brief
 from diva_jax.data import files
 from diva_jax.data.images import MAX_PIXELS
 
-# VALSE's annotators who chose the caption and not the foil, of three.
-_MIN_VOTES = 2
 _CSV_COLUMNS = ("item", "image", "text", "right")
 # What'sUp's prepositions, each with the axis of which it is one side.
 _AXES = dict.fromkeys(("left", "right"), "sides") | dict.fromkeys(("on", "under"), "heights")
@@ -164,7 +162,7 @@ def _whatsup_qa(row: _Row) -> Item:
 def _valse(row: _Row) -> Item | None:
     """VALSE (arXiv 2112.07566): an object of {image_file, caption, foil, mturk}; None where annotators reject it."""
     votes = row._replace(where=f"{row.where}, mturk", value=row.field("mturk", dict))
-    if votes.field("caption", int) < _MIN_VOTES:
+    if votes.field("caption", int) < 2:  # Annotators, of three, who chose the caption and not the foil.
         return None
     name = row.field("image_file")
     image = row.image(name, f"images/{name}", f"{row.value.get('dataset', 'images')}/{name}")

@@ -21,8 +21,7 @@ from diva_jax.data.preprocess import normalise, to_float
 from diva_jax.evals import Settings
 from diva_jax.models import backbones
 from diva_jax.models.backbones import Features, Spec
-from diva_jax.models.backbones.shared.transformer import Text
-from diva_jax.models.layers import Array, abstract
+from diva_jax.models.layers import Array
 from diva_jax.training import partition, workdirs
 from diva_jax.weights import names, origins, parts
 
@@ -110,8 +109,7 @@ class Towers:
     def __init__(self, spec: Spec, mesh: Mesh, settings: Settings):
         self.spec, self.mesh, self.settings = spec, mesh, settings
         self.readout = parse_readout(spec.readout)
-        dtype = jnp.dtype(settings.dtype)
-        self._vision = partition.disassemble(abstract(lambda rngs: backbones.build(spec, rngs=rngs, dtype=dtype)))[0]
+        self._vision = partition.disassemble(names.abstract("vision", spec, dtype=jnp.dtype(settings.dtype)))[0]
         devices = mesh.devices.size
         self.batch = -(-settings.batch_size // devices) * devices
         self._pixels = jax.ShapeDtypeStruct((spec.image_size, spec.image_size, 3), np.uint8)
@@ -122,8 +120,7 @@ class Towers:
     @functools.cached_property
     def _text(self) -> partition.Skeleton:
         """The text tower without its arrays; a UserError if the backbone has none."""
-        dtype = jnp.dtype(self.settings.dtype)
-        return partition.disassemble(abstract(lambda rngs: Text(self.spec, rngs=rngs, dtype=dtype)))[0]
+        return partition.disassemble(names.abstract("text", self.spec, dtype=jnp.dtype(self.settings.dtype)))[0]
 
     def _compiled(self, step: Callable, **static: str) -> Callable:
         # By default TPUs multiply float32 matrices in bfloat16; an evaluation in float32 must not.

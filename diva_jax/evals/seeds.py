@@ -13,7 +13,6 @@ from diva_jax.common.fields import differences
 from diva_jax.evals import ItemTask, Outcome, Settings, Task, stats
 from diva_jax.training import workdirs
 from diva_jax.weights import origins
-from diva_jax.weights.origins import Place
 
 # Largest number of random signs in memory, 32 MB.
 _MAX_SIGNS = 2**25
@@ -32,7 +31,7 @@ def parse(text: str) -> tuple[str, list[str]]:
     return name, sources
 
 
-def check(name: str, members: Sequence[Place]) -> None:
+def check(name: str, members: Sequence[origins.Place]) -> None:
     """Raises a UserError where the runs of a group do not differ in their seed alone."""
     runs = [(p, workdirs.read_config(p.source).to_dict()) for p in members if p.step is not None]
     if not name or not runs:

@@ -4,6 +4,7 @@ of the page, what is wrong or in doubt in an evaluation or a run."""
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 
+from diva_jax.common.errors import listing
 from diva_jax.common.results_schema import Comparison, Results, Score, Task, Weights
 from diva_jax.evals.results import LESS, MORE
 from diva_jax.report import images, wording
@@ -249,8 +250,7 @@ def _comparisons(results: Results) -> Iterator[Finding]:
                     elif kind == "zero" and i == 0:
                         found.setdefault((False, *of), []).append(name)
     for (worse, label, control), names in sorted(found.items(), key=lambda item: not item[0][0]):
-        more = f" and {len(names) - _MAX_NAMED_METRICS} more" if len(names) > _MAX_NAMED_METRICS else ""
-        listed = ", ".join(names[:_MAX_NAMED_METRICS]) + more
+        listed = listing(names, _MAX_NAMED_METRICS)
         if worse:
             yield Finding(f"Worse than {'the control' if control else 'before'}", f"{label}: {listed}.", "bad")
         else:

@@ -8,14 +8,13 @@ from typing import Any, NamedTuple
 from etils import epath
 from ml_collections import ConfigDict
 
-from diva_jax.common import config_files, json_files, paths, results_schema
+from diva_jax.common import config_files, json_files, paths
 from diva_jax.common.errors import UserError
 from diva_jax.common.fields import finite
-from diva_jax.common.json_files import Record
-from diva_jax.common.results_schema import LARGEST_NUMBER, Metric, Results, Task
+from diva_jax.common.results_schema import LARGEST_NUMBER, SCHEMA, Metric, Results, Task
 
 
-class Session(Record):
+class Session(json_files.Record):
     """When and where a run was started or resumed, an entry of sessions.json."""
 
     started: str = ""
@@ -23,12 +22,12 @@ class Session(Record):
     versions: dict[str, Any] = {}
 
 
-class CaptionedImage(Record):
+class CaptionedImage(json_files.Record):
     image: str
     caption: str
 
 
-class ImageRows(Record):
+class ImageRows(json_files.Record):
     """The content of images.json: a section of images beside each other, with their captions."""
 
     title: str
@@ -140,8 +139,8 @@ def _results(path: epath.Path) -> Results | None:
     content = json_files.read(path, Any, again, None)
     if content is None:
         return None
-    if not isinstance(content, dict) or content.get("schema") != results_schema.SCHEMA:
-        raise UserError(f"{path} is not of schema {results_schema.SCHEMA}: {again}")
+    if not isinstance(content, dict) or content.get("schema") != SCHEMA:
+        raise UserError(f"{path} is not of schema {SCHEMA}: {again}")
     results = json_files.checked(path, content, Results, again)
     tasks = {name: _without_equal_readouts(task) for name, task in results.tasks.items()}
     return results.model_copy(update={"tasks": tasks})

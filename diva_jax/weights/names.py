@@ -30,9 +30,6 @@ from diva_jax.models.backbones.shared.transformers_layout import Layout, Recipe,
 from diva_jax.models.names import Table, flat, from_torch_layout, to_torch_layout, torch_shape
 from diva_jax.weights.formats import Tensor, Tensors, write_open_clip
 
-# Tensors that are read at the same time. Each needs its own memory a second time meanwhile.
-_READERS = 2
-
 
 def check_type(name: str, dtype: np.dtype, source: str) -> None:
     """Raises a UserError where a tensor is not of a floating type of at least 16 bits."""
@@ -94,7 +91,7 @@ def assign(
             return path, var.replace(jax.make_array_from_callback(want.shape, want.sharding, array.__getitem__))
         return path, var.replace(jax.device_put(array))
 
-    with ThreadPoolExecutor(_READERS) as pool:
+    with ThreadPoolExecutor(2) as pool:  # A tensor that is read needs its memory a second time meanwhile.
         wanted = {path: var for path, var in flat(state).items() if only is None or path in only}
         return nnx.from_flat_state(dict(pool.map(fill, wanted.items())))
 
@@ -174,7 +171,7 @@ def to_resolution(tensors: Tensors, spec: Spec) -> Tensors:
         return np.concatenate([table[:extra], grid.reshape(new * new, -1)]).reshape(shape)
 
     resized = Tensor(shape, np.dtype(np.float32), read)
-    return Tensors({n: resized if n == positions.name else t for n, t in tensors.items()}, tensors.files)
+    return Tensors(tensors | {positions.name: resized}, tensors.files)
 
 
 def stretch(table: np.ndarray, length: int, kept: int) -> np.ndarray:
@@ -201,11 +198,9 @@ def to_context(tensors: Tensors, text: TextSpec) -> Tensors:
         problem = f"text.kept_positions={kept} cannot be kept of {old} position embeddings for {length} tokens"
         raise UserError(f"{problem}: use at most {min(old - 2, length - 1)}")
 
-    def read() -> np.ndarray:
-        return stretch(np.asarray(was, np.float32), length, kept)
-
-    longer = Tensor((length, *was.shape[1:]), np.dtype(np.float32), read)
-    return Tensors({n: longer if n == name else t for n, t in tensors.items()}, tensors.files)
+    shape = (length, *was.shape[1:])
+    longer = Tensor(shape, np.dtype(np.float32), lambda: stretch(np.asarray(was, np.float32), length, kept))
+    return Tensors(tensors | {name: longer}, tensors.files)
 
 
 def layouts() -> list[Layout]:

@@ -157,10 +157,6 @@ class ClipSource:
     run: Mapping[str, Any] | None = None
 
     @property
-    def files(self) -> list[Path]:
-        return self.tensors.files
-
-    @property
     def has_text(self) -> bool:
         """Whether there is a text tower."""
         return any(n in self.tensors for n in ("token_embedding.weight", "text.token_embedding.weight"))
@@ -328,7 +324,7 @@ def open_run(workdir: epath.PathLike, step: int | None = None) -> ClipSource:
     advice = "run the command in the folder where the run began, or put the weights there"
     with explained(f"{workdir} was tuned from weights that cannot be opened", advice, UserError):
         base = open_source(spec.source, "config.backbone.source")
-    sha256 = formats.fingerprint(base.files)
+    sha256 = formats.fingerprint(base.tensors.files)
     for prefix, part in run.program.objective.pretrained().items():
         began = run.sources.get(prefix)
         if part.source == spec.source and began and began["sha256"] != sha256:
@@ -343,7 +339,7 @@ def open_run(workdir: epath.PathLike, step: int | None = None) -> ClipSource:
     described = paths.folder(workdir, "--workdir") / "checkpoints" / str(run.step) / "meta"
     problem = f"the checkpoint of step {run.step} in {workdir} was deleted while it was read, a run trains there"
     with explained(problem, "try again, or train with a larger config.checkpoint.keep", FileNotFoundError):
-        files = [*base.files, *sorted(described.iterdir())]
+        files = [*base.tensors.files, *sorted(described.iterdir())]
     record = dict(workdir=str(workdir), step=run.step, sources=run.sources, base=base.where, tuned=tuned)
     record["config"], tensors = json.loads(run.config.to_json()), base.tensors | in_open_clip_names(towers, spec)
     where, tensors = f"{workdir}, step {run.step}", Tensors(tensors, files)

@@ -168,7 +168,7 @@ def scalar(source: str, name: str, field: str = "config.backbone") -> Part:
         weights = origins.open_source(source, f"{field}.source")
         if name not in weights.tensors:
             raise UserError(f"{weights.where} has no {name}: give the checkpoint of the whole model as {field}.source")
-        return Opened(Tensors({name: weights.tensors[name]}, weights.files), _alone(name), weights.where)
+        return Opened(Tensors({name: weights.tensors[name]}, weights.tensors.files), _alone(name), weights.where)
 
     return Part(source, opened)
 

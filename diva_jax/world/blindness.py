@@ -12,7 +12,6 @@ import dataclasses
 import itertools
 import json
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -25,10 +24,8 @@ from diva_jax.data import preprocess, tokenizers
 from diva_jax.evals import encode, stats
 from diva_jax.evals.tasks import mmvp
 from diva_jax.evals.tasks.probe import fit
-from diva_jax.models import backbones, layers
-from diva_jax.models.backbones.shared.transformer import Text
 from diva_jax.training import partition
-from diva_jax.weights import formats, parts
+from diva_jax.weights import formats, names, parts
 from diva_jax.world import captions, drawing, models, scenes, vocabulary
 from diva_jax.world.scenes import Scenes
 
@@ -140,10 +137,7 @@ class Encoder:
     def __init__(self, source: str = ""):
         source = source or models.SPEC.source
         spec = dataclasses.replace(models.SPEC, source=source)
-        makers = {"vision": partial(backbones.build, spec), "text": partial(Text, spec)}
-        skeletons = {
-            k: partition.disassemble(layers.abstract(lambda rngs, m=m: m(rngs=rngs)))[0] for k, m in makers.items()
-        }
+        skeletons = {tower: partition.disassemble(names.abstract(tower, spec))[0] for tower in names.TOWERS}
 
         def vision(arrays, images):
             view = preprocess.normalise(preprocess.to_float(images), spec.mean, spec.std)
@@ -153,7 +147,7 @@ class Encoder:
             "vision": jax.jit(vision),
             "text": jax.jit(lambda arrays, ids: skeletons["text"].merge(arrays).encode(ids)),
         }
-        loaded = {k: partition.disassemble(parts.load(source, spec, tower=k))[1] for k in makers}
+        loaded = {k: partition.disassemble(parts.load(source, spec, tower=k))[1] for k in names.TOWERS}
         self.vision, self.text = loaded["vision"], loaded["text"]
         self._tokenizer = vocabulary.remembering(tokenizers.open_tokenizer(spec.text, source))
 

@@ -9,7 +9,6 @@ from typing import NamedTuple
 import numpy as np
 
 from diva_jax.world import scenes as facts
-from diva_jax.world.scenes import Scenes
 
 PREFIX = "a photo of"  # Half of the captions begin with it; MMVP-VLM's statements follow it.
 # Kind -> share of captions that name the relation: as on the web, and by an author who looks.
@@ -41,7 +40,7 @@ def named(colour: int, shape: int) -> str:
     return f"a {facts.COLOURS[colour]} {facts.SHAPES[shape]}"
 
 
-def captions(scenes: Scenes, choices: Choices) -> list[str]:
+def captions(scenes: facts.Scenes, choices: Choices) -> list[str]:
     """One caption per scene."""
     out = []
     for i, (says, swap, prefix) in enumerate(zip(*choices, strict=True)):

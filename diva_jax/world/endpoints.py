@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from diva_jax.world import scenes
 from diva_jax.world.scenes import ABSENT, FACTS
 
 
@@ -43,7 +42,7 @@ ENDPOINTS = {
     "probes": Endpoint("probes, all", ("linear/relation", "linear/near colour", "linear/near shape")),
     "known_matches": Endpoint("matches, other facts", _of("matches", _KNOWN)),
     "known_pairs": Endpoint("pairs, other facts", _of("pairs", _KNOWN)),
-    "all_matches": Endpoint("matches, all facts", _of("matches", scenes.FACTS)),
+    "all_matches": Endpoint("matches, all facts", _of("matches", FACTS)),
 }
 # Not a share of items: 1 minus the mean cosine of a test image's embedding to that of the untuned encoder.
 DRIFT = "drift"

@@ -14,9 +14,8 @@ import numpy as np
 from absl import flags
 
 from diva_jax import world
-from diva_jax.common import log
 from diva_jax.common.errors import UserError
-from diva_jax.common.log import say
+from diva_jax.common.log import progress, say
 from diva_jax.training import compiler
 from diva_jax.world import arms, blindness, comparison
 from diva_jax.world.endpoints import DRIFT, ENDPOINTS
@@ -77,7 +76,7 @@ def experiment(
     if not wanted:
         return rows
     examiner, tuners = Examiner(blindness.Tests.make(tests, pairs)), {}
-    bar = log.progress("experiment", len(wanted), "runs", every=0)
+    bar = progress("experiment", len(wanted), "runs", every=0)
     for arm, seed in wanted:
         say(f"{arm}, seed {seed}")
         if arm not in tuners and arm != "untuned":

@@ -18,7 +18,6 @@ from diva_jax.data.inputs import Example, Input
 from diva_jax.training import partition, workdirs
 from diva_jax.training.step import Program, Steps, averaged, train_steps
 from diva_jax.world import arms, blindness, models, records, vocabulary
-from diva_jax.world.arms import Arm
 
 Towers = Mapping[str, Mapping[str, jax.Array]]  # Tower -> name -> array.
 
@@ -85,7 +84,7 @@ class Tuner:
       folder: where a teacher with random weights is written, if the arm needs it.
     """
 
-    def __init__(self, arm: Arm, budget: arms.Budget, folder: Path):
+    def __init__(self, arm: arms.Arm, budget: arms.Budget, folder: Path):
         random = folder / f"random_{arm.objective}"
         self._config = partial(arms.arm_config, arm, budget=budget, random=random)
         config, self._early = self._config(0), budget.early // budget.batch_size

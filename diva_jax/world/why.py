@@ -29,16 +29,16 @@ from diva_jax.data import preprocess
 from diva_jax.evals import stats
 from diva_jax.world import arms, blindness, captions, drawing, scenes, tuning
 from diva_jax.world.knowledge import BINS, Generator
-from diva_jax.world.tuning import Tuner
 
 SEED = 9301
 GROUPS, IMAGES = 24, 128  # Number of gradients, and of images of each.
 COUNT = 256  # Scenes per fact.
 _RESAMPLES = 2000
 _SHARE = 1e-3
+Arrays = Mapping[str, jax.Array]  # Name -> array.
 
 
-def information(tuner: Tuner, arrays: Mapping[str, jax.Array], fact: str) -> np.ndarray:
+def information(tuner: tuning.Tuner, arrays: Arrays, fact: str) -> np.ndarray:
     """What the condition of an arm with a diffusion model tells of a fact, in nats, [COUNT]."""
     p = tuner.program
     edges = np.arange(BINS + 1) * p.objective.timesteps // BINS
@@ -54,7 +54,7 @@ def information(tuner: Tuner, arrays: Mapping[str, jax.Array], fact: str) -> np.
     return np.asarray(((found["other"] - found["own"]) * found["nats_per_loss"]).sum(axis=0), np.float64)
 
 
-def gradients(tuner: Tuner, arrays: Mapping[str, jax.Array]) -> list[dict[str, jax.Array]]:
+def gradients(tuner: tuning.Tuner, arrays: Arrays) -> list[Arrays]:
     """Gradients of an arm's loss to its vision tower, one for each of `GROUPS` batches of `IMAGES` images."""
     p = tuner.program
     encoder = [n for n in p.active(len(p.stages) - 1) if n.startswith("vision/")]
@@ -73,7 +73,7 @@ def gradients(tuner: Tuner, arrays: Mapping[str, jax.Array]) -> list[dict[str, j
     ]
 
 
-def noise_scale(found: list[dict[str, jax.Array]]) -> float:
+def noise_scale(found: list[Arrays]) -> float:
     """The gradient noise scale of groups' gradients, in images; infinite where their mean has no power above noise."""
     flat = np.stack([np.concatenate([np.ravel(g[n]) for n in sorted(g)]) for g in found]).astype(np.float64)
     products = flat @ flat.T
@@ -82,9 +82,7 @@ def noise_scale(found: list[dict[str, jax.Array]]) -> float:
     return IMAGES * (own - signal) / signal if signal > 0 else float("inf")
 
 
-def direction(
-    tuner: Tuner, arrays: Mapping[str, jax.Array], step: Mapping[str, jax.Array], encoder: blindness.Encoder, fact: str
-) -> np.ndarray:
+def direction(tuner: tuning.Tuner, arrays: Arrays, step: Arrays, encoder: blindness.Encoder, fact: str) -> np.ndarray:
     """The cosines of the module's text, [COUNT], for a change `step` of the vision tower's parameters."""
     p = tuner.program
     one, two, said = blindness.differing(SEED, fact, COUNT)
@@ -117,7 +115,7 @@ def _with_interval(values: np.ndarray) -> list[float]:
 
 def measure(name: str, folder: Path, encoder: blindness.Encoder) -> dict:
     """{"nats" (for arms with a condition), "cosine": fact -> [mean, low, high], "noise_scale"} of an arm."""
-    tuner = Tuner(arms.find(name), arms.Budget(GROUPS * IMAGES, IMAGES), folder)
+    tuner = tuning.Tuner(arms.find(name), arms.Budget(GROUPS * IMAGES, IMAGES), folder)
     arrays = tuner.initial(0)
     found = gradients(tuner, arrays)
     step = {n: -sum(g[n] for g in found) / len(found) for n in found[0]}

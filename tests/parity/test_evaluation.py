@@ -199,7 +199,7 @@ def trained_run(folder, base, seed: int):
     c.backbone = eval_config(CLIP, base).backbone
     workdirs.write_config(folder, c)
     program = small.program(c)
-    began = {"source": ["x"], "sha256": formats.fingerprint(origins.open_source(str(base)).files)}
+    began = {"source": ["x"], "sha256": formats.fingerprint(origins.open_source(str(base)).tensors.files)}
     meta = {"sources": {"vision": began}, "config": json.loads(c.to_json())}
     with checkpoint.Checkpoints(folder) as checkpoints:
         for step in (2, 5):

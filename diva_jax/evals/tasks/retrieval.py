@@ -9,8 +9,6 @@ from diva_jax.common.errors import UserError
 from diva_jax.data import labelled
 from diva_jax.evals import QUERIES, ItemTask, Settings, Values, encode
 
-_RECALL_AT = (1, 5, 10)
-
 
 def ranks(queries: np.ndarray, answers: np.ndarray, right: np.ndarray) -> np.ndarray:
     """The rank, int [Q] from 0, of the best right answer (bool [Q, A], one or more per row) to each query [Q, D] among
@@ -52,7 +50,7 @@ class Retrieval(ItemTask):
         self.metrics = {
             f"{what}_retrieval_recall@{k}": {"title": f"{what} retrieval, recall@{k}", "unit": "%"}
             for what in ("image", "text")
-            for k in _RECALL_AT
+            for k in (1, 5, 10)
         }
 
     def values(self, metric: str, held: dict) -> Values:

@@ -23,7 +23,6 @@ from diva_jax.data.images import opened, read_file
 from diva_jax.evals import Outcome, Settings, Task, encode, require_count, set_and_folder, stats
 from diva_jax.evals.tasks import zeroshot
 from diva_jax.models import backbones
-from diva_jax.models.backbones import spec_of
 from diva_jax.models.backbones.shared.transformer import VARIANTS
 
 _UNKNOWN = -2
@@ -212,7 +211,7 @@ class Segmentation(Task):
 
     def bind(self, config: ConfigDict, mesh) -> None:
         """Lays out the windows for the backbone's image size."""
-        spec = spec_of(config)
+        spec = backbones.spec_of(config)
         if not hasattr(backbones.architecture(spec.arch).Vision, "encode_dense") or not spec.has_text:
             raise UserError(f"segmentation needs patch tokens in the text's space, which {spec.arch} does not have")
         self.window, self.interpolation, self.grid = spec.image_size, spec.interpolation, spec.grid

@@ -120,7 +120,7 @@ def whole_model(source: ClipSource, spec: Spec, dtype: str, text: bool) -> Tenso
         raise UserError(f"{source.where} has no {listing(missing)}: only --format=pt can be written")
     wanted |= {n: source.tensors[n] for n in others if n in source.tensors and (text or n.startswith("visual."))}
     cast = {n: _cast(n, t, np.dtype(getattr(jnp, dtype)), source.where) for n, t in wanted.items()}
-    return Tensors(cast, source.files)
+    return Tensors(cast, source.tensors.files)
 
 
 def _config(fmt: str, spec: Spec, dtype: str, hub: str, source: ClipSource) -> dict:

@@ -11,13 +11,10 @@ import numpy as np
 
 from diva_jax.common import json_files, log, paths
 from diva_jax.common.errors import RunError, UserError, explained, listing
-from diva_jax.common.log import say
 from diva_jax.common.results_schema import Results
 from diva_jax.models.backbones import Spec, architecture
 from diva_jax.weights import formats, origins
 from diva_jax.weights.export import layouts
-from diva_jax.weights.formats import Tensors
-from diva_jax.weights.origins import ClipSource
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +37,7 @@ class ExportOptions:
 
 
 def card(
-    source: ClipSource, spec: Spec, fmt: str, dtype: str, options: ExportOptions = ExportOptions(), **shown: Any
+    source: origins.ClipSource, spec: Spec, fmt: str, dtype: str, options: ExportOptions = ExportOptions(), **shown: Any
 ) -> str:
     """The content of README.md of an export in the format `fmt`: "open_clip", "hf" or "pt". What is shown may have
     `path`, the export's folder in the lines that load it; `note`, that of `layouts.without_tokenizer`; and `scores`, a
@@ -71,7 +68,7 @@ def card(
         **shown,
         source=source,
         run=run,
-        sha256="" if run else formats.fingerprint(source.files),
+        sha256="" if run else formats.fingerprint(source.tensors.files),
         config=json.dumps(run["config"], indent=1) if run else "",
         versions=", ".join(f"{package} {version}" for package, version in log.describe()["versions"].items()),
     )
@@ -142,7 +139,7 @@ def export(
     spec = spec or opened.described(source)
     if params is not None:
         towers = origins.whole_towers(params, spec)
-        tensors = Tensors({**opened.tensors, **origins.in_open_clip_names(towers, spec)}, opened.files)
+        tensors = formats.Tensors({**opened.tensors, **origins.in_open_clip_names(towers, spec)}, opened.tensors.files)
         where = f"{opened.where}, with other values of {listing(sorted(towers))}"
         opened = dataclasses.replace(opened, where=where, tensors=tensors)
     began = source
@@ -160,4 +157,4 @@ def export(
         with explained(problem, f"push it with hf upload {repo} {out}", Exception, kind=RunError):
             HfApi().create_repo(repo, exist_ok=True)
             url = HfApi().upload_folder(repo_id=repo, folder_path=out, commit_message="Export of diva_jax")
-        say(f"pushed to {url}")
+        log.say(f"pushed to {url}")

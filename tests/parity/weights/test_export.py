@@ -59,7 +59,7 @@ def saved(c, p, workdir) -> dict[str, jax.Array]:
     kinds = ("params", "ema") if c.ema.decay else ("params",)
     state = {k: {n: a for n, a in small.random_arrays(p, i).items() if n in p.trained} for i, k in enumerate(kinds)}
     workdirs.write_config(workdir, c)
-    sha = {"source": ["x"], "sha256": formats.fingerprint(origins.open_source(c.backbone.source).files)}
+    sha = {"source": ["x"], "sha256": formats.fingerprint(origins.open_source(c.backbone.source).tensors.files)}
     meta = {"sources": {n: sha for n, part in p.objective.pretrained().items() if part.source == c.backbone.source}}
     meta["config"] = json.loads(c.to_json())
     with checkpoint.Checkpoints(workdir) as checkpoints:
@@ -84,11 +84,11 @@ def test_a_run_is_a_source_of_weights(run, source):
     """As `config.backbone.source=WORKDIR` or `WORKDIR:STEP`: what an export of the run has, with its own identity."""
     workdir, params = run
     expected = origins.open_run(workdir)
-    base = formats.fingerprint(origins.open_source(source).files)
+    base = formats.fingerprint(origins.open_source(source).tensors.files)
     for name in (f"{workdir}", f"{workdir}:{STEP}"):
         found = origins.open_source(name, "config.backbone.source")
         equal(found.tensors, expected.tensors)
-        assert found.spec.source == name and formats.fingerprint(found.files) != base
+        assert found.spec.source == name and formats.fingerprint(found.tensors.files) != base
         tower = weights.load(name, dataclasses.replace(SPEC, source=name))
         np.testing.assert_array_equal(tower.blocks[1].mlp.fc1.kernel[...], params["vision/blocks/1/mlp/fc1/kernel"])
         assert str(parts.tokenizer_folder(name)) == source

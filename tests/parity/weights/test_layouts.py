@@ -99,7 +99,7 @@ def test_float16_overflow_is_refused(tmp_path):
     source, name = clip(tmp_path), "visual.ln_post.bias"
     big = np.full(source.tensors[name].shape, 1e6, np.float32)
     tensors = dict(source.tensors) | {name: Tensor(big.shape, big.dtype, lambda: big)}
-    source = dataclasses.replace(source, tensors=Tensors(tensors, source.files))
+    source = dataclasses.replace(source, tensors=Tensors(tensors, source.tensors.files))
     refused("does not fit float16", layouts.export, source, CLIP, tmp_path / "out", "open_clip", dtype="float16")
 
 
