@@ -41,7 +41,7 @@ def through_our_modules(folder: Path, spec) -> origins.ClipSource:
     for tower, table in (("vision", names.table("vision", spec)), ("text", names.table("text", spec))):
         found |= names.to_torch(nnx.state(weights.load(str(folder), spec, tower=tower)), table)
         gc.collect()  # Modules contain reference cycles. This frees their memory for the next tower.
-    return origins.ClipSource(str(folder), source.kind, Tensors(found | scales, source.files), source.spec)
+    return origins.ClipSource(str(folder), source.kind, Tensors(found | scales, source.tensors.files), source.spec)
 
 
 def compare(original: Path, out: Path) -> int:

@@ -6,7 +6,6 @@ line changes single fields (`--config.optim.lr=3e-4`).
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
-from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -217,13 +216,13 @@ def published(
     backbone: str | backbones.Spec,
     diffusion: str | dict = "sd21_base",
     objective: str = "diva",
-    fields: Mapping[str, Any] = MappingProxyType({}),
+    fields: Mapping[str, Any] | None = None,
 ) -> Callable[..., ConfigDict]:
     """The `get_config` of a config file: `variant` of `default`, with other values of some fields, by dotted path."""
 
     def get_config(arg: str | None = None) -> ConfigDict:
         config = default(backbone, diffusion, objective)
-        config.update_from_flattened_dict(fields)
+        config.update_from_flattened_dict(fields or {})
         return variant(config, arg)
 
     return get_config

@@ -88,8 +88,7 @@ def pack_photos(out_dir: str | Path, count: int = 96, per_shard: int = 32) -> li
 
 def write_byte_tokenizer(folder: Path) -> None:
     """Writes CLIP's byte-level vocabulary without merges, 514 tokens, as transformers' vocab.json and merges.txt."""
-    letters = tokenizers.BYTE_LETTERS
-    words = [*letters, *(c + "</w>" for c in letters), "<|startoftext|>", "<|endoftext|>"]
+    words = [*tokenizers.BYTE_TOKENS, "<|startoftext|>", "<|endoftext|>"]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}, indent=1))
     (folder / "merges.txt").write_text("#version: 0.2\n")

@@ -319,7 +319,8 @@ def evaluate(
       UserError: the config, weights or data are invalid.
       RunError: embeddings are not finite.
     """
-    weights = [os.fspath(w) for w in ([weights] if isinstance(weights, str | os.PathLike) else weights)]
+    weights = [weights] if isinstance(weights, str | os.PathLike) else weights
+    weights = [os.fspath(source) for source in weights]
     if not weights or len(set(weights)) < len(weights):
         raise UserError("weights must name one source or more, each once")
     groups = [seeds.parse(w) for w in weights]

@@ -46,10 +46,7 @@ def warn(message: str, *values) -> None:
         logging.getLogger(__name__).warning(message, *values)
 
 
-@functools.cache
-def say_once(text: str) -> None:
-    """`say`, the first time."""
-    say(text)
+say_once = functools.cache(say)  # Says a text the first time only.
 
 
 def progress(what: str, total: int, unit: str = "steps", every: float = 20.0, initial: int = 0) -> tqdm:

@@ -66,9 +66,12 @@ class Difference(_WithInterval):
     @property
     def sign(self) -> int:
         """1 where zero is below the interval over items and, with runs, the one over runs; -1 above both; else 0."""
-        known = [self.interval, self.runs_interval] if self.runs or self.runs_interval else [self.interval]
-        signs = {(low > 0) - (high < 0) if low < high else 0 for low, high in (ends or (0, 0) for ends in known)}
-        return signs.pop() if len(signs) == 1 else 0
+        intervals = [self.interval, self.runs_interval] if self.runs or self.runs_interval else [self.interval]
+        if not all(ends and ends[0] < ends[1] for ends in intervals):
+            return 0
+        if all(low > 0 for low, _ in intervals):
+            return 1
+        return -1 if all(high < 0 for _, high in intervals) else 0
 
 
 def _kind(value: Any) -> str:
@@ -93,7 +96,9 @@ class Metric(Record):
     @property
     def direction(self) -> str:
         """`better`, or what it was before it was written: percentages are better where they are higher."""
-        return self.better if self.better is not None else "higher" if self.unit == "%" else ""
+        if self.better is not None:
+            return self.better
+        return "higher" if self.unit == "%" else ""
 
 
 class Pattern(Record):

@@ -42,7 +42,7 @@ IMAGE_SUFFIXES = _SUFFIXES["images"]
 
 _SEPARATORS = ",\t;|"
 _MAX_LINE = 2**24
-# Threads that ask for many files, or read their headers, which is mostly waiting for the disk.
+# Threads that ask for files or read them, which is mostly waiting for a disk or a network.
 THREADS = 16
 _USTAR_OFFSET, _USTAR = 257, b"ustar"
 
@@ -51,7 +51,9 @@ def kind_of(name: str) -> str | None:
     """The kind of a file by its suffix, one of `KINDS` or one that is not read; None for others and for hidden files,
     such as macOS's `._x.jpg`."""
     base = posixpath.basename(name).lower()
-    return None if base.startswith(".") else next((k for k, ends in _SUFFIXES.items() if base.endswith(ends)), None)
+    if base.startswith("."):
+        return None
+    return next((kind for kind, ends in _SUFFIXES.items() if base.endswith(ends)), None)
 
 
 def no_path(cell: str, allow_urls: bool = True) -> str:
@@ -174,10 +176,13 @@ def _matches(pattern: str) -> list[str]:
     """The files of a brace or glob pattern, which must exist."""
     names = expand(pattern)
     if any(c in pattern for c in "*?["):
-        fs, matched = _file_system(pattern)[0], []
+        matched = []
         for name in names:
-            here = fs.glob(_file_system(name)[1]) if is_remote(name) else glob.glob(name, recursive=True)
-            matched += sorted(fs.unstrip_protocol(p) if is_remote(name) else p for p in here)
+            if is_remote(name):
+                fs, inside = _file_system(name)
+                matched += sorted(map(fs.unstrip_protocol, fs.glob(inside)))
+            else:
+                matched += sorted(glob.glob(name, recursive=True))
         if matched:
             return matched
         raise UserError(f"config.data.path={pattern!r} matches no file: give it {WHAT}")

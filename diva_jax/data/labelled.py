@@ -59,8 +59,9 @@ def _shards(root: Path) -> tuple[Path, list[Path]]:
         paths = [split / f"{i}.tar" for i in range(int(number))]
         if missing := [p for p in paths if not p.exists()]:
             raise UserError(f"{count} counts {len(paths)} shards, but {missing[0].name} is missing: fetch it")
-    here = any((split / f).exists() for f in ("classnames.txt", "dataset_type.txt"))
-    return (split if here else split.parent) if split == root else root, paths
+    if split == root and not any((root / f).exists() for f in ("classnames.txt", "dataset_type.txt")):
+        return root.parent, paths  # One split of a data set.
+    return root, paths
 
 
 def has_tars(root: Path) -> bool:

@@ -116,7 +116,9 @@ class TableSource:
     def read(self, i: int, with_text: bool = True) -> Record:
         """See `Source.read`; an OSError where a file cannot be read, a ValueError where a cell has no image or text."""
         part, row = self._at(i)
-        image, text = (part.cell(row, c) if c else None for c in (part.columns[0], with_text and part.columns[1]))
+        image_column, text_column, _ = part.columns
+        image = part.cell(row, image_column)
+        text = part.cell(row, text_column) if with_text and text_column else None
         if isinstance(image, str) and image:
             if reason := files.no_path(image, self._allow_urls):
                 raise ValueError(reason)

@@ -19,8 +19,10 @@ from diva_jax.common.errors import UserError, brief, explained
 from diva_jax.models.backbones import TextSpec
 
 Tokenizer = Callable[[Sequence[str]], np.ndarray]
-# The letters that stand for the bytes 0 to 255 in byte-level vocabularies, in the order of OpenAI's.
-BYTE_LETTERS = sorted(pre_tokenizers.ByteLevel.alphabet())
+# The letters that stand for the bytes 0 to 255 in byte-level vocabularies, in the order of OpenAI's; and the tokens of
+# CLIP's vocabulary without merges, these letters within a word and at its end.
+_LETTERS = sorted(pre_tokenizers.ByteLevel.alphabet())
+BYTE_TOKENS = [*_LETTERS, *(letter + "</w>" for letter in _LETTERS)]
 
 _START, _END = "<start_of_text>", "<end_of_text>"
 # Names of the special tokens in transformers' vocabularies -> in open_clip's.
@@ -90,8 +92,10 @@ class ClipTokenizer:
         for text in texts:
             pieces = self._exact.split(text) if self._exact else [text]
             # The library's own rule for words has another version of Unicode than open_clip's, and an older one.
-            words = ([p] if i % 2 else self._words.findall(whitespace_clean(p).lower()) for i, p in enumerate(pieces))
-            ids.append(self._bpe.encode([w for several in words for w in several], is_pretokenized=True).ids)
+            words = []
+            for i, piece in enumerate(pieces):  # Every second one is an added token.
+                words += [piece] if i % 2 else self._words.findall(whitespace_clean(piece).lower())
+            ids.append(self._bpe.encode(words, is_pretokenized=True).ids)
         return np.array(ids, np.int32).reshape(len(texts), self._length)
 
 
@@ -157,8 +161,7 @@ def clip_vocabulary(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]
             if len(content) > _MAX_UNPACKED_BYTES:
                 raise ValueError("it has more than 64 MiB")
             merges, listed = [_pair(line) for line in content.decode("utf-8").split("\n")[1 : _OPENAI_MERGES + 1]], {}
-            letters = [*BYTE_LETTERS, *(letter + "</w>" for letter in BYTE_LETTERS)]
-            vocab = {t: i for i, t in enumerate([*letters, *(a + b for a, b in merges), _START, _END])}
+            vocab = {t: i for i, t in enumerate([*BYTE_TOKENS, *(a + b for a, b in merges), _START, _END])}
         added = {t["content"]: bool(t.get("normalized", not t.get("special"))) for t in listed.values()}
         return vocab | {t["content"]: i for i, t in listed.items()}, merges, added
     except (UserError, OSError, EOFError, KeyError, TypeError, ValueError, AttributeError, zlib.error) as e:

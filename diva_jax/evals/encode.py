@@ -16,7 +16,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from diva_jax.common.errors import RunError, UserError
-from diva_jax.data import images
+from diva_jax.data import files, images
 from diva_jax.data.preprocess import normalise, to_float
 from diva_jax.evals import Settings
 from diva_jax.models import backbones
@@ -25,7 +25,6 @@ from diva_jax.models.layers import Array
 from diva_jax.training import partition, workdirs
 from diva_jax.weights import names, origins, parts
 
-READER_THREADS = 16
 _WHICH = r"all|random [1-9]\d{0,4}"
 _READOUT = re.compile(
     r"(?P<cls>pooled|cls|l2\(cls\))"
@@ -146,7 +145,7 @@ class Towers:
         spans = NamedSharding(self.mesh, partition.BATCH).addressable_devices_indices_map((self.batch,)).values()
         mine = sorted({i for (span,) in spans for i in range(*span.indices(self.batch))})
         padding = [np.zeros(x.shape, x.dtype) for x in like]
-        with ThreadPoolExecutor(READER_THREADS) as pool:
+        with ThreadPoolExecutor(files.THREADS) as pool:
 
             def begin(first: int) -> dict[int, Future]:
                 return {i: pool.submit(read, first + i) for i in mine if first + i < count}

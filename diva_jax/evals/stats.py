@@ -123,10 +123,11 @@ def _matched(scores: np.ndarray) -> np.ndarray:
     from scipy.optimize import linear_sum_assignment  # Here, see `mcnemar`.
 
     # Scores are whole numbers: the sum must be the highest even with less than one taken off it.
-    own, handicap = np.arange(scores.shape[-2]), 0.5 ** scores.shape[-2].bit_length() * np.eye(*scores.shape[-2:])
-    tables = (scores - handicap).reshape(-1, *scores.shape[-2:])
+    count, texts = scores.shape[-2:]
+    own, handicap = np.arange(count), 0.5 ** count.bit_length() * np.eye(count, texts)
+    tables = (scores - handicap).reshape(-1, count, texts)
     best = [linear_sum_assignment(table, maximize=True)[1] for table in tables]
-    return np.reshape([np.array_equal(texts, own) for texts in best], scores.shape[:-2])
+    return np.reshape([np.array_equal(chosen, own) for chosen in best], scores.shape[:-2])
 
 
 def answers(scores: np.ndarray, right: Sequence[tuple[int, int]]) -> dict[str, np.ndarray]:

@@ -73,7 +73,8 @@ def _scores_alone(results: Results) -> Iterator[Finding]:
 def sections(inputs: Inputs) -> list[Section]:
     """Returns one section per task, each followed by the sections of its flipped items."""
     labels, doubtful = inputs.results.labels, doubted(inputs)
-    out = [Section("Matches and zero-shot", [Part("charts", charts=kept)])] if (kept := _kept(inputs.results)) else []
+    kept = _kept(inputs.results)
+    out = [Section("Matches and zero-shot", [Part("charts", charts=kept)])] if kept else []
     for name, task in inputs.results.tasks.items():
         used = [(i, label, task.weights[label]) for i, label in enumerate(labels) if label in task.weights]
         compared = [c for c in task.comparisons if c.differences()]

@@ -95,8 +95,8 @@ def direction(difference: Difference, better: str, doubted: bool = False) -> str
         return "zero"
     up = difference.sign > 0
     won = "doubted" if doubted else "won"
-    colour = "" if not better else won if up == (better == "higher") else "lost"
-    return f"{'up' if up else 'down'} {colour}".strip()
+    colour = won if up == (better == "higher") else "lost"
+    return ("up" if up else "down") + f" {colour}" * bool(better)
 
 
 def change(before: Score, after: Score, difference: Difference, unit: str) -> str:

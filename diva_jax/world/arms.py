@@ -189,7 +189,11 @@ def arm_config(arm: Arm, seed: int, budget: Budget, random: str | os.PathLike = 
     c.update(seed=seed, batch_size=budget.batch_size, steps=budget.images // budget.batch_size)
     c.update_from_flattened_dict(arm.fields)
     if arm.teacher == RANDOM:
-        taught_by = c.diffusion if "diffusion" in c else c.kuea.teacher if "kuea" in c else c.teacher
-        taught_by.source = str(random)
+        if "diffusion" in c:
+            c.diffusion.source = str(random)
+        elif "kuea" in c:
+            c.kuea.teacher.source = str(random)
+        else:
+            c.teacher.source = str(random)
     c.data.path = records.path(DATA_SEED + seed, arm.captions, wrong=arm.wrong)
     return c

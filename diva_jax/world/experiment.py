@@ -79,19 +79,20 @@ def experiment(
     bar = progress("experiment", len(wanted), "runs", every=0)
     for arm, seed in wanted:
         say(f"{arm}, seed {seed}")
-        if arm not in tuners and arm != "untuned":
-            tuners[arm] = Tuner(found[arm], budget, out)
-        for after, towers, loss in tuners[arm].run(seed) if arm in tuners else [(0, {}, 0.0)]:
+        if arm == "untuned":
+            measured = [(0, {}, 0.0)]
+        else:
+            if arm not in tuners:
+                tuners[arm] = Tuner(found[arm], budget, out)
+            measured = tuners[arm].run(seed)
+        for after, towers, loss in measured:
             drift = examiner.drift(towers)
             rows.append(row(arm, seed, after, about, examiner(towers), loss=loss, **{DRIFT: drift}))
             with open(out / RESULTS, "a", encoding="utf-8") as f:
                 f.write(json.dumps(rows[-1]) + "\n")
             scores = {e.title: e.score(comparison.found(rows[-1])) for e in ENDPOINTS.values()}
-            say(
-                f"  after {after} images: "
-                + ", ".join(f"{t} {s:.1f}" for t, s in scores.items())
-                + f", drift {drift:.4f}"
-            )
+            shown = ", ".join(f"{title} {score:.1f}" for title, score in scores.items())
+            say(f"  after {after} images: {shown}, drift {drift:.4f}")
         bar.update()
     bar.close()
     return rows
@@ -104,14 +105,8 @@ def _main() -> None:
     first, tests = (arms.SEARCH, blindness.SEARCH_SEED) if given.search else (0, blindness.SEED)
     seeds = range(first, first + given.seeds)
     names = given.arms or [name for name in arms.ARMS if name != "untuned"]
-    rows = experiment(
-        out,
-        names,
-        seeds,
-        arms.Budget(given.images, given.batch_size, min(arms.Budget().early, given.images)),
-        given.pairs,
-        tests,
-    )
+    budget = arms.Budget(given.images, given.batch_size, min(arms.Budget().early, given.images))
+    rows = experiment(out, names, seeds, budget, given.pairs, tests)
     compared = comparison.compare(rows)
     scores = {"early": comparison.scores(comparison.compare(rows, early=True)), "end": comparison.scores(compared)}
     text = comparison.markdown(compared)

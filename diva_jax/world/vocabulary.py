@@ -31,9 +31,8 @@ def merges(words: Sequence[str]) -> list[tuple[str, str]]:
 
 def tokens(words: Sequence[str]) -> dict[str, int]:
     """Token -> id: all bytes, bytes that end a word, the results of `merges`, start and end."""
-    letters = tokenizers.BYTE_LETTERS
     joined = [a + b for a, b in merges(words)]
-    names = [*letters, *(c + "</w>" for c in letters), *joined, "<|startoftext|>", "<|endoftext|>"]
+    names = [*tokenizers.BYTE_TOKENS, *joined, "<|startoftext|>", "<|endoftext|>"]
     return {name: i for i, name in enumerate(names)}
 
 

@@ -24,7 +24,7 @@ from ml_collections import ConfigDict
 from diva_jax.common.errors import UserError, explained, listing
 from diva_jax.common.fields import at_least, field
 from diva_jax.common.json_files import packaged
-from diva_jax.data import images, sources
+from diva_jax.data import files, images, sources
 from diva_jax.evals import Outcome, Settings, Task, encode, resolved, stats
 from diva_jax.training import workdirs
 from diva_jax.training.step import Program, image_keys
@@ -105,7 +105,7 @@ class Feedback(Task):
             raise UserError(f"{problem}, a trained vision tower, or a loss of images alone: leave feedback out")
         self.edges = np.arange(TIMESTEP_BINS + 1) * objective.timesteps // TIMESTEP_BINS
         self._frozen: dict[str, jax.Array] = {}
-        with ThreadPoolExecutor(encode.READER_THREADS) as pool:
+        with ThreadPoolExecutor(files.THREADS) as pool:
             self._pixels = list(pool.map(self._read, self._records))
 
         def losses(module, own, other, keys):

@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 from diva_jax.common import fields, log
 from diva_jax.common.errors import UserError
 from diva_jax.common.fields import at_least, between, choice, field
-from diva_jax.data import images, preprocess
+from diva_jax.data import files, images, preprocess
 from diva_jax.evals import Outcome, Settings, encode
 from diva_jax.evals.choice_layouts import ImageRegion, Item
 from diva_jax.evals.tasks import mmvp
@@ -76,9 +76,10 @@ class Judge(Choice):
             problem = f"the task judge needs a Stable Diffusion model, and config.objective={config.objective} has none"
             raise UserError(f"{problem}: give a config of judge or diva")
         config = config.copy_and_resolve_references().unlock()
-        own = {f.name for f in dataclasses.fields(JudgeOptions)} - {f.name for f in dataclasses.fields(ChoiceOptions)}
         config.objective, config.judge = "judge", fields.config_dict(judge.SECTION)
-        config.judge.update({name: getattr(self.options, name) for name in own - {"neutral"}}, texts="records")
+        for name in ("draws", "first_timestep", "end_timestep", "timestep_weight"):
+            config.judge[name] = getattr(self.options, name)
+        config.judge.texts = "records"
         config.trainable, config.data.latents = ((".*", 1.0),), ""
         for term in ("anchor", "contrast", "relation"):
             config.get(term, {}).update(weight=0.0)
@@ -113,7 +114,7 @@ class Judge(Choice):
         arrays, _ = workdirs.initial_arrays(self.program, every_source=False)
         found, numbers, put = {}, list(asked), partial(encode.spread, mesh=self.mesh)
         progress = log.progress("judging", sum(map(len, asked.values())), "texts of images")
-        with ThreadPoolExecutor(encode.READER_THREADS) as pool:
+        with ThreadPoolExecutor(files.THREADS) as pool:
             for first in range(0, len(numbers), batch):
                 here = numbers[first : first + batch]
                 padded = here + here[:1] * (batch - len(here))

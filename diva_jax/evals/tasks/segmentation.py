@@ -6,6 +6,7 @@ import base64
 import dataclasses
 import functools
 import io
+import itertools
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -241,18 +242,16 @@ class Segmentation(Task):
     def _cosines(self, model, texts: np.ndarray) -> Iterator[np.ndarray]:
         """Of each resized image, [h, w, T]: the mean over the windows that show a pixel."""
         tokens = model.dense(self._cut, len(self.windows), self.options.last)
-        total, seen, current = None, None, -1
-        for (i, y, x), window in zip(self.windows, tokens, strict=True):
-            if i != current:
-                if total is not None:
-                    yield total / seen
-                total = np.zeros((*self.sizes[i], len(texts)), np.float32)
-                seen, current = np.zeros((*self.sizes[i], 1), np.float32), i
-            table = (encode.unit(window) @ texts.T).astype(np.float32).reshape(self.grid, self.grid, -1)
-            shown = np.s_[y : y + self.window, x : x + self.window]
-            total[shown] += resized(table, self.window, self.window)
-            seen[shown] += 1
-        yield total / seen
+        windows = zip(self.windows, tokens, strict=True)
+        for i, of_image in itertools.groupby(windows, key=lambda window: window[0][0]):
+            total = np.zeros((*self.sizes[i], len(texts)), np.float32)
+            seen = np.zeros((*self.sizes[i], 1), np.float32)
+            for (_, y, x), window in of_image:
+                table = (encode.unit(window) @ texts.T).astype(np.float32).reshape(self.grid, self.grid, -1)
+                shown = np.s_[y : y + self.window, x : x + self.window]
+                total[shown] += resized(table, self.window, self.window)
+                seen[shown] += 1
+            yield total / seen
 
     def evaluate(self, model) -> Outcome:
         """The mIoU over the whole set, each class's IoU, the maps of a few images, and the overlaps of every image."""
