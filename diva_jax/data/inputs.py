@@ -151,7 +151,9 @@ class Classes(Alternatives):
             raise UserError(f"config.judge.template={template!r} has no {{}}, which stands for the name of a class")
         if not path:
             raise UserError("config.judge.classes is not set: give the JSON file with the names of the classes")
-        names = tuple(dict.fromkeys(entry[0].strip() for entry in labelled.read_names(path)))
+        given = labelled.read_names(path)
+        entries = given.values() if isinstance(given, dict) else given
+        names = tuple(dict.fromkeys(entry[0].strip() for entry in entries))
         if len(names) < 2:
             raise UserError(f"config.judge.classes={path} has fewer than two names: give more")
         return cls(count, of_caption, names, template)

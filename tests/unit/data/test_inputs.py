@@ -251,11 +251,12 @@ def test_data_and_files_that_cannot_give_texts_are_refused_at_once(tmp_path):
 
     refused("not one of 9 records has a list `texts`", opened, Listed(2))
     refused("a word of the lexicon", opened, Edits(2))
-    lists = ([], {}, [{"words": ["one"]}], [{"words": ["a ", "b"]}], [{"words": ["a", 2]}], [3])
-    for content in ("[", *map(json.dumps, lists)):
-        (tmp_path / "own.json").write_text(content)
-        refused(r"own\.json", Edits, 2, lexicon=tmp_path / "own.json")
-        refused(r"own\.json", Classes.read, 2, False, str(tmp_path / "own.json"), "a {}")
-    (tmp_path / "own.json").write_text('[{"words": ["dog", "cat"]}]')
-    batch = next(opened(Edits(2, lexicon=tmp_path / "own.json")))
-    assert {text_of(t) for t in batch["texts"][0]} == {"a dog", "a cat", "a"}
+    bad, own = ([], {}, [{"words": ["a"]}], [{"words": ["a ", "b"]}], [{"words": ["a", 2]}], [3]), tmp_path / "own.json"
+    for content in ("[", *map(json.dumps, bad)):
+        own.write_text(content)
+        refused(r"own\.json", Edits, 2, lexicon=own)
+        refused(r"own\.json", Classes.read, 2, False, str(own), "a {}")
+    own.write_text('[{"words": ["dog", "cat"]}]')
+    assert {text_of(t) for t in next(opened(Edits(2, lexicon=own)))["texts"][0]} == {"a dog", "a cat", "a"}
+    own.write_text('{"n02": "dog", "n01": ["cat", "kitten"]}')
+    assert Classes.read(2, False, str(own), "a {}").names == ("dog", "cat")
