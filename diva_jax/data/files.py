@@ -23,8 +23,6 @@ from diva_jax.common.paths import demo_hint, is_remote
 # Encoded images are smaller; a larger file is a sparse one, for example.
 MAX_IMAGE_BYTES = 2**28
 _MAX_EXPANDED = 1_000_000
-# A longer text is no path on any machine.
-_MAX_PATH = 4096
 T = TypeVar("T")
 # A key and its extension, one or several parts that each begin with a letter: `0.input.jpg` is `input.jpg` of `0`, but
 # `frame.0001.jpg` is `jpg` of `frame.0001`.
@@ -40,7 +38,6 @@ _SUFFIXES = json_files.packaged(__file__, "kinds.json")
 *KINDS, UNREAD, _PACKED = _SUFFIXES
 IMAGE_SUFFIXES = _SUFFIXES["images"]
 
-_SEPARATORS = ",\t;|"
 _MAX_LINE = 2**24
 # Threads that ask for files or read them, which is mostly waiting for a disk or a network.
 THREADS = 16
@@ -58,7 +55,7 @@ def kind_of(name: str) -> str | None:
 
 def no_path(cell: str, allow_urls: bool = True) -> str:
     """Why the text of a table's cell, such as an image in base64, is not taken for a path; empty where it is."""
-    if len(cell) > _MAX_PATH:
+    if len(cell) > 4096:  # No path is longer on any machine.
         return f"a text of {len(cell)} characters is no path: write images as files, or as bytes in Parquet"
     if not is_remote(cell) or allow_urls:
         return ""
@@ -306,7 +303,7 @@ def csv_rows(path: str) -> Iterator[tuple[int, list[str]]]:
     try:
         with open_binary(path) as raw, io.TextIOWrapper(raw, encoding="utf-8-sig", newline="") as f:
             first = f.readline(_MAX_LINE)
-            separator = max(_SEPARATORS, key=first.count)
+            separator = max(",\t;|", key=first.count)
             # A longer line comes in pieces, of which the reader refuses the first: it has other fields, or larger ones.
             lines = itertools.chain([first], iter(lambda: f.readline(_MAX_LINE), ""))
             for fields in (reader := csv.reader(lines, delimiter=separator, strict=True)):

@@ -319,6 +319,7 @@ def open_source(path: str, cache_dir: str | None = None, allow_urls: bool = Fals
 
     The index of tar shards is kept in `cache_dir`, if any. `allow_urls` is `config.data.allow_urls`.
     """
+    path = path or ""
     if path.startswith(_MIXTURE):
         return _mixture(path, cache_dir=cache_dir, allow_urls=allow_urls)
     if path.startswith(_MODULE):

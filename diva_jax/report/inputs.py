@@ -102,11 +102,12 @@ def read(folder: epath.PathLike) -> Inputs:
     missing: dict[str, None] = {}
     for i, weights in enumerate(results.weights if results else ()):
         for place in (weights, *weights.members):
-            source = _existing_folder(place.source or "", paths.is_remote(folder)) if place.step is not None else None
-            if source:
+            if place.step is None or not place.source:
+                continue
+            if source := _existing_folder(place.source, paths.is_remote(folder)):
                 index, labels = workdirs.get(source, (i, ()))
                 workdirs[source] = index, (*labels, weights.label)
-            elif place.step is not None and place.source and not paths.is_remote(place.source):
+            elif not paths.is_remote(place.source):
                 missing[place.source] = None
     runs, repair = [], "restore or remove it"
     for path, place in workdirs.items():
@@ -124,7 +125,7 @@ def read(folder: epath.PathLike) -> Inputs:
 
 def _existing_folder(source: str, remote: bool) -> epath.Path | None:
     """The workdir that weights came from, or None where it cannot be found; one in a bucket only with `remote`."""
-    if not source or (paths.is_remote(source) and not remote):
+    if paths.is_remote(source) and not remote:
         return None
     try:
         folder = paths.absolute(paths.folder(source, "source"))

@@ -38,7 +38,6 @@ _WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
 _MAX_PICKLE_BYTES = 2**26
 _MAX_COMPRESSED_BYTES = 2**28
 _TEMPORARY = ".unfinished"  # At the end of the names of folders that are being written.
-OPEN_CLIP_WEIGHTS = "open_clip_model.safetensors"
 OPEN_CLIP_CONFIG = "open_clip_config.json"
 _CORRUPT = "is truncated or corrupt"
 # What safetensors raises for files that are damaged.
@@ -274,7 +273,7 @@ def write_open_clip(folder: str | Path, tensors: Mapping[str, np.ndarray], confi
     """Writes a folder that open_clip reads as "local-dir:...": tensors by open_clip's names, and the config."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    write_safetensors(folder / OPEN_CLIP_WEIGHTS, tensors)
+    write_safetensors(folder / "open_clip_model.safetensors", tensors)
     write_json(folder / OPEN_CLIP_CONFIG, config)
 
 

@@ -50,8 +50,8 @@ class Arm:
 def _controlled(name: str, arm: Arm, what: str, **changes) -> dict[str, Arm]:
     """An arm and its control, which has other fields or another teacher."""
     control = f"{name}_control"
-    fields = arm.fields | {k.replace("__", "."): v for k, v in changes.pop("fields", {}).items()}
-    wrong = dataclasses.replace(arm, what=f"control of `{name}`: {what}", fields=fields, **changes)
+    changes["fields"] = arm.fields | changes.get("fields", {})
+    wrong = dataclasses.replace(arm, what=f"control of `{name}`: {what}", **changes)
     return {name: dataclasses.replace(arm, control=control), control: wrong}
 
 

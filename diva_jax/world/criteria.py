@@ -42,14 +42,13 @@ def of_models(weights: Path, tests: blindness.Tests) -> Iterator[Criterion]:
         if name == models.CLIP:
             yield Criterion("CLIP, names of both objects", ENDPOINTS[NAMES].score(found), 95)
         for fact in scenes.FACTS:
-            least, most = (45, 60) if name == models.CLIP and fact in scenes.ABSENT else (95, 100)
-            least = 90 if name == models.TEACHER else least
-            yield Criterion(
-                f"{'CLIP' if name == models.CLIP else 'teacher'}, matches of {fact}",
-                100 * float(found[f"matches/{fact}"].mean()),
-                least,
-                most,
-            )
+            matches = 100 * float(found[f"matches/{fact}"].mean())
+            if name == models.TEACHER:
+                yield Criterion(f"teacher, matches of {fact}", matches, 90)
+            elif fact in scenes.ABSENT:
+                yield Criterion(f"CLIP, matches of {fact}", matches, 45, 60)
+            else:
+                yield Criterion(f"CLIP, matches of {fact}", matches, 95)
     generator = Generator(str(weights / models.GENERATOR))
     for fact in scenes.ABSENT:
         right = generator.right(fact, len(tests.pairs.images) // len(scenes.FACTS))

@@ -61,10 +61,11 @@ class Generator:
         one, two, said = blindness.differing(seed, fact, count)
         images = np.concatenate([drawing.draw(one), drawing.draw(two)])
         first, second = ([f"{captions.PREFIX} {t}" for t in texts] for texts in said)
-        true, false = ([*first, *second], [*second, *first])
-        draws = [[self.losses(images, t, FROM, self.steps, k)[0] for t in (true, false)] for k in range(DRAWS)]
-        own, other = np.sum(draws, axis=0)
-        return own < other
+
+        def error(texts: list[str]) -> np.ndarray:
+            return sum(self.losses(images, texts, FROM, self.steps, k)[0] for k in range(DRAWS))
+
+        return error([*first, *second]) < error([*second, *first])
 
     def nats(self, fact: str, count: int, seed: int = SEED) -> np.ndarray:
         """The log-likelihood ratio of each image under its text and the same with a fact changed, in nats, [count].

@@ -37,7 +37,8 @@ def _block(seed: int, number: int, kind: str, wrong: int) -> list[tuple[bytes, s
     said = captions.captions(drawn, captions.choose(rng, _BLOCK, captions.KINDS[kind]))
     asked = captions.choose(rng, _BLOCK, 1.0)
     told = scenes.turned(drawn, rng.random(_BLOCK) < wrong / 100)
-    texts = zip(*(captions.captions(s, asked) for s in (told, scenes.change(told, "relation", rng))), strict=True)
+    other = scenes.change(told, "relation", rng)
+    texts = zip(captions.captions(told, asked), captions.captions(other, asked), strict=True)
     return list(zip(encoded, said, texts, strict=True))
 
 

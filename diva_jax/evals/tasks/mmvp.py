@@ -135,9 +135,10 @@ class Mmvp(ItemTask):
         self.texts = [q.text for q in self.questions]
         self.strata = np.arange(self.count) // self.per_pattern
         self.metrics = stats.pair_metrics("pooled", readout="pooled embedding")
+        self.metrics |= stats.pair_metrics("published", readout="published readout")
 
     def bind(self, config: ConfigDict, mesh) -> None:
-        """Adds the metrics of the published readout, that of the config's backbone."""
+        """Names the published readout of the config's backbone."""
         self.metrics |= stats.pair_metrics("published", readout=f"published readout, {spec_of(config).readout}")
 
     def score(self, metric: str, held: dict, pattern: int | None = None) -> dict:

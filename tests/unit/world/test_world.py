@@ -154,8 +154,7 @@ def test_the_code_is_orthonormal_and_keeps_most_of_the_world():
     code.basis[...] = jax.numpy.asarray(basis, np.float32)
     latents = code.encode(images)
     assert latents.shape == (60, 2, 2, 64) and 0.8 < float(np.std(np.asarray(latents))) < 1.2
-    lost = np.sum(images**2) - np.sum(np.square(latents / scale))  # The patterns are orthonormal.
-    assert lost < 0.08 * images.size * np.var(images)
+    assert np.sum(images**2) - np.sum(np.square(latents / scale)) < 0.08 * images.size * np.var(images)
     for options, says in (
         ({"patch_size": 2, "latent_channels": 13}, "keeps 13 numbers of a patch that has only 12"),
         ({"block_out_channels": [8]}, "unknown option .?block_out_channels"),
