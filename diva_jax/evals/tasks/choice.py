@@ -186,7 +186,7 @@ class Choice(ItemTask):
         for name, items in self.sets.items():
             labels = np.array([item.groups.get("pattern", "") for item in items])
             parts = np.unique(labels)
-            if not 1 < len(parts) <= 30:  # With more patterns, each has few items.
+            if not 1 < len(parts) <= 30:  # With more there is no score for each.
                 continue
             for part in parts:
                 here = np.flatnonzero(labels == part)
