@@ -27,6 +27,8 @@ from diva_jax.common.errors import RunError, Terminated, UserError, place, print
 
 # Time in which threads must end after a command has ended; one of them may wait for a disk that is gone [s].
 _LINGER_S = 10.0
+# Values that a message quotes may be of any length.
+_MAX_MESSAGE_CHARS = 10_000
 # What a signal raises -> the signal, the exit code, as shells have it, and what is said; a training run that has saved
 # ends with 0 after SIGTERM.
 _SIGNALS = {KeyboardInterrupt: (signal.SIGINT, 130, "interrupted"), Terminated: (signal.SIGTERM, 143, "terminated")}
@@ -261,7 +263,6 @@ def run(main: Callable[..., None], arguments: Sequence[str] = (), described: Des
         if kind not in _SIGNALS and _handled and _handled[-1].__name__ in traceback.format_exc():
             kind = _handled[-1]
         code, message = _SIGNALS[kind][1:] if kind in _SIGNALS else _unexpected(e)
-    # Values that a message quotes may be of any length.
-    print(printable(" ".join(message.split()))[:10_000], file=sys.stderr, flush=True)
+    print(printable(" ".join(message.split()))[:_MAX_MESSAGE_CHARS], file=sys.stderr, flush=True)
     _end_soon(code)
     sys.exit(code)

@@ -183,6 +183,5 @@ class Mirror:
 
     def close(self) -> None:
         """Copies the files that have changed, and removes the temporary folder."""
-        self.push(force=True)
-        if self._tmp:
-            self._tmp.cleanup()
+        with self._tmp or contextlib.nullcontext():
+            self.push(force=True)

@@ -16,6 +16,7 @@ from diva_jax.common.json_files import open_regular
 from diva_jax.data import files
 
 INTERPOLATIONS = ("bilinear", "bicubic", "lanczos")
+_ATTEMPTS = 10
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom [pixels]
 
@@ -26,7 +27,7 @@ def sample_box(
     """Draws torchvision's RandomResizedCrop: the share of the area is uniform in `scale`, width over height log-uniform
     in `ratio`; after ten boxes that do not fit, it is the largest central one whose ratio is in range."""
     low, high = math.log(ratio[0]), math.log(ratio[1])
-    for _ in range(10):
+    for _ in range(_ATTEMPTS):
         area = width * height * rng.uniform(*scale)
         aspect = math.exp(rng.uniform(low, high))
         w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))

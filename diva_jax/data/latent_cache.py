@@ -37,6 +37,7 @@ _Side = Annotated[int, Field(ge=1, le=2**30)]
 _HEADER = struct.Struct("<qiI4i")
 # About the largest sizes that array_record adds to an entry and to a shard.
 _ENTRY_OVERHEAD_BYTES, _SHARD_OVERHEAD_BYTES = 160, 2**17
+_MAX_OPEN_SHARDS = 256
 _MAX_SHARDS = 10**6
 _AGAIN = "make the cache of this config and data with python -m diva_jax.cache_latents"
 # Records that are compared with the data when a cache is opened.
@@ -164,7 +165,7 @@ class Cache:
         self._shapes = shapes or {"moments": manifest.shape}
         if wrong := differences(manifest.facts, facts):
             raise UserError(f"{self._named} was made with other settings: {listing(wrong, 3)}; {_AGAIN}")
-        self._reader = functools.lru_cache(maxsize=256)(_open)
+        self._reader = functools.lru_cache(maxsize=_MAX_OPEN_SHARDS)(_open)
 
     def check(self, source: Source, records: Iterable[int] | None = None) -> None:
         """Compares some records, by default spread over all, with those that the cache was made of. A UserError if they

@@ -100,6 +100,7 @@ class Jitter(NamedTuple):
     vflip: Array
 
 
+_ATTEMPTS = 10
 # What DCR draws from, uniform: brightness, contrast and saturation are multiplied by 1 - x to 1 + x, the hue is moved
 # by -x to x [turns]; the crop's area over the image's; its width over its height, on a logarithmic scale.
 _COLORS, _SCALE, _RATIO = (0.1, 0.1, 0.1, 0.05), (0.9, 1.0), (0.9, 1.1)
@@ -108,7 +109,7 @@ _COLORS, _SCALE, _RATIO = (0.1, 0.1, 0.1, 0.05), (0.9, 1.0), (0.9, 1.1)
 def _crop(key: Array, size: int) -> Array:
     """The first of ten boxes that lies within the image, else the whole image, [4] int32."""
     shape_key, place_key = jax.random.split(key)
-    area, ratio = jax.random.uniform(shape_key, (2, 10))
+    area, ratio = jax.random.uniform(shape_key, (2, _ATTEMPTS))
     low, high = _SCALE
     area = size**2 * (low + (high - low) * area)
     low, high = jnp.log(jnp.asarray(_RATIO))

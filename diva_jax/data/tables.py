@@ -278,7 +278,7 @@ def open_tables(
     if len(splits) > 1 and files.is_folder(path):
         problem = f"config.data.path={path!r} holds several splits ({listing(sorted(splits))})"
         raise UserError(f"{problem}: choose the files of one with a pattern, e.g. 'data/train-*.parquet'")
-    read_row_group = functools.lru_cache(maxsize=2)(_read_row_group)  # Two decoded groups are kept.
+    read_row_group = functools.lru_cache(maxsize=_KEPT_ROW_GROUPS)(_read_row_group)
     opens = {
         "csv": _csv_part,
         "jsonl": _jsonl_part,

@@ -32,6 +32,7 @@ _WORDS = regex.compile(
 )
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 _MAX_UNPACKED_BYTES = 2**26
+_MAX_ID = 2**24
 # Entries of OpenAI's merges file that make its vocabulary of 49,408.
 _OPENAI_MERGES = 49152 - 256 - 2
 
@@ -65,7 +66,7 @@ class ClipTokenizer:
         vocab = {_SPECIAL.get(t, t): i for t, i in vocab.items()}
         if missing := [t for t in (_START, _END) if t not in vocab]:
             raise UserError(f"a CLIP tokenizer's vocabulary has no {missing[0]}: its files are not CLIP's")
-        if not all(type(i) is int and 0 <= i < 2**24 for i in vocab.values()):
+        if not all(type(i) is int and 0 <= i < _MAX_ID for i in vocab.values()):
             raise UserError("a CLIP tokenizer's vocabulary does not map each token to an id: fetch its files again")
         self.size, self._length = max(vocab.values()) + 1, length
         # The library has no exception of its own.

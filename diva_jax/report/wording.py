@@ -96,7 +96,8 @@ def direction(difference: Difference, better: str, doubted: bool = False) -> str
     up = difference.sign > 0
     won = "doubted" if doubted else "won"
     colour = won if up == (better == "higher") else "lost"
-    return ("up" if up else "down") + f" {colour}" * bool(better)
+    arrow = "up" if up else "down"
+    return f"{arrow} {colour}" if better else arrow
 
 
 def change(before: Score, after: Score, difference: Difference, unit: str) -> str:

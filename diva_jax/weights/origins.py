@@ -34,6 +34,7 @@ TOKENIZER_FILES = tuple(
 )
 _REMOVED = re.compile(r"stabilityai/stable-diffusion-2-1(-base)?")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_SUFFIXES = (".pt", ".pth", ".bin", ".safetensors")  # Of files with weights: no hub id ends so.
 
 
 class Place(NamedTuple):
@@ -76,7 +77,7 @@ def hub_id(source: str) -> str:
     """The id of the hub's repository that a source names; empty where it names a path."""
     repo = source.removeprefix("hf-hub:")
     is_path = source.startswith("local-dir:") or (repo == source and paths.expanded(source).exists())
-    return "" if is_path or not _HUB_ID.fullmatch(repo) or Path(repo).suffix in (".pt", ".bin") else repo
+    return "" if is_path or not _HUB_ID.fullmatch(repo) or Path(repo).suffix in _SUFFIXES else repo
 
 
 def locate(source: str, field: str) -> Path | str:

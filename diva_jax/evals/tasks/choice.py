@@ -19,6 +19,9 @@ from diva_jax.data.images import read_file
 from diva_jax.evals import ItemTask, Settings, Values, encode, require_count, stats
 from diva_jax.evals.choice_layouts import LAYOUTS, Item, joined, read_items
 
+# Sets with more patterns than this have no score for each.
+_MAX_PATTERNS = 30
+
 
 @dataclasses.dataclass(frozen=True)
 class ChoiceOptions:
@@ -186,7 +189,7 @@ class Choice(ItemTask):
         for name, items in self.sets.items():
             labels = np.array([item.groups.get("pattern", "") for item in items])
             parts = np.unique(labels)
-            if not 1 < len(parts) <= 30:  # With more there is no score for each.
+            if not 1 < len(parts) <= _MAX_PATTERNS:
                 continue
             for part in parts:
                 here = np.flatnonzero(labels == part)

@@ -30,6 +30,8 @@ from diva_jax.training import workdirs
 from diva_jax.training.step import Program, image_keys
 
 TIMESTEP_BINS = 10
+# Number of images of one gradient.
+_GROUP_SIZE = 8
 METRICS = packaged(__file__, "feedback.json")["metrics"]
 # What it means that the interval of a metric includes zero.
 _ZERO_MEANS = packaged(__file__, "feedback.json")["zero_means"]
@@ -89,7 +91,7 @@ class Feedback(Task):
         self.partners = partners(self.count, settings.seed)
         self.metrics = {m: {"title": t, "unit": "nats" * m.startswith("nats_")} for m, t in METRICS.items()}
         self.metrics["loss_own"]["better"] = "lower"
-        self._group = min(8, self.count)  # Images of one gradient.
+        self._group = min(_GROUP_SIZE, self.count)
 
     def bind(self, config, mesh) -> None:
         """Reads the images, at the resolution of training; a UserError where the objective lacks what is needed."""

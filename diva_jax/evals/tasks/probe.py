@@ -137,7 +137,7 @@ def splits(path: str) -> tuple[str, str]:
     if path.startswith("train="):
         train, _, test = path.removeprefix("train=").partition(",test=")
         if not train or not test or train == test:
-            wrong = "names one split twice" if train == test else "has one split alone"
+            wrong = "names one split twice" if train and test else "has one split alone"
             raise UserError(f"--data=probe={path} {wrong}: it must read train=PATH,test=PATH")
         return train, test
     root = paths.expanded(path)
