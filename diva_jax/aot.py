@@ -7,6 +7,7 @@ full-size config took two minutes to an hour on two cores (docs/TPU.md) and 5 to
 """
 
 import collections
+import contextlib
 import functools
 import importlib.metadata
 import importlib.util
@@ -97,6 +98,15 @@ def with_batch(config, device_count: int, per_device: int | None):
     return config
 
 
+def least_batch(config, device_count: int, limit: int) -> int:
+    """The smallest `per_device` of `with_batch` that the config accepts, such as a whole group of DCR; 1 if none is."""
+    for size in range(1, limit + 1):
+        with contextlib.suppress(UserError):
+            with_batch(config, device_count, size)
+            return size
+    return 1
+
+
 def compile_step(program: Program, stage: int):
     """A compiled step, its `compiler.executable_facts`, and the seconds to trace and to compile it. `OutOfMemory` where
     the compiler reports that the program does not fit, a UserError where it refuses an option."""
@@ -183,17 +193,19 @@ def report(config, topology: str, save: epath.PathLike | None = None, hlo_file: 
 def search(config, topology: str, limit: int = 256) -> dict:
     """Returns the report of the largest per-device batch that fits, or that of batch 1 if none fits. Each trial is a
     compilation. The first trial is the config's batch; further ones, at most `limit`, are interpolated or extrapolated
-    linearly from the memory that the trials so far needed."""
+    linearly from the memory that the trials so far needed. All are multiples of `least_batch`."""
     n = len(devices(topology)[2])
-    rows, needed, low, high = {}, {}, 0, limit + 1
-    size = min(max(config.batch_size // config.accum // n, 1), limit)
+    least = least_batch(config, n, limit)
+    most = limit // least
+    rows, needed, low, high = {}, {}, 0, most + 1  # From here on, sizes are in units of `least`.
+    size = min(max(config.batch_size // config.accum // n // least, 1), most)
     while high - low > 1:
-        row = rows[size] = report(with_batch(config, n, size), topology)
-        print(f"per-device batch {size}: {verdict(row)}", file=sys.stderr, flush=True)
+        row = rows[size] = report(with_batch(config, n, size * least), topology)
+        print(f"per-device batch {size * least}: {verdict(row)}", file=sys.stderr, flush=True)
         low, high = (size, high) if row["fits"] else (low, size)
         needed.setdefault(0, row.get("memory", {}).get("arguments", 0))
         needed[size] = row["needed"]
-        a, b = (low, high) if high <= limit else sorted(needed)[-2:]
+        a, b = (low, high) if high <= most else sorted(needed)[-2:]
         size = a + int((row["available"] - needed[a]) * (b - a) / (needed[b] - needed[a]))
         size = min(max(size, low + 1), high - 1)
     return rows[low or 1]

@@ -1,8 +1,8 @@
 """Trains an encoder: python -m diva_jax.main --config=configs/vitl14.py --workdir=runs/vitl14 [--config.FIELD=VALUE].
 
 The same command resumes from the last checkpoint, or prints that the run is done. SIGTERM saves a checkpoint and ends
-the process with exit code 0. On a TPU slice or under Slurm, the same command on every machine starts one run; elsewhere
-set JAX_COORDINATOR_ADDRESS=HOST:PORT, JAX_NUM_PROCESSES and JAX_PROCESS_ID.
+the process with exit code 0, or with 143 before training has begun. On a TPU slice or under Slurm, the same command on
+every machine starts one run; elsewhere set JAX_COORDINATOR_ADDRESS=HOST:PORT, JAX_NUM_PROCESSES and JAX_PROCESS_ID.
 """
 
 import functools
@@ -58,6 +58,7 @@ def main() -> None:
     except Terminated:
         # Once training has begun, the run handles the signal itself, and saves.
         say("SIGTERM: nothing was trained that is not saved; the same command starts again from here")
+        raise
 
 
 entry = functools.partial(cli.run, main, described=configs.described)

@@ -161,11 +161,11 @@ _NAMES = {
 
 
 class Batches:
-    """Endless batches of this process's part of each global batch of `config.data`, `global_batch` examples over all
-    processes, each with the arrays `inputs` by name (see `diva_jax.data.inputs`). `seed` is of order, crops and
-    whatever the inputs draw. The index of tar shards is kept in `cache_dir`; `cache` has the crop boxes, and the
-    outputs of frozen models. A UserError where the batch does not divide over the processes, there is no data, an input
-    needs captions or texts and the data has none, or the cache is of other data."""
+    """Endless batches of this process's `rows`, all by default, of each global batch of `config.data`, `global_batch`
+    examples over all processes, each with the arrays `inputs` by name (see `diva_jax.data.inputs`). `seed` is of order,
+    crops and whatever the inputs draw. The index of tar shards is kept in `cache_dir`; `cache` has the crop boxes, and
+    the outputs of frozen models. A UserError where there is no data, an input needs captions or texts and the data has
+    none, or the cache is of other data."""
 
     def __init__(
         self,
@@ -174,14 +174,10 @@ class Batches:
         *,
         seed: int,
         global_batch: int,
-        process_index: int = 0,
-        process_count: int = 1,
+        rows: Sequence[int] | None = None,
         cache_dir=None,
         cache: latent_cache.Cache | None = None,
     ):
-        if global_batch % process_count:
-            problem = f"config.batch_size={global_batch} does not divide over {process_count} processes"
-            raise UserError(f"{problem}: use a multiple")
         if "row" in inputs:
             raise UserError("an input cannot be called 'row', which is the examples' row in the batch: rename it")
         source = open_records(config, inputs, str(cache_dir) if cache_dir else None)
@@ -209,9 +205,8 @@ class Batches:
         self._identity = {"seed": seed, "records": len(source), "global_batch": global_batch}
         if cache is not None:
             self._identity["latents"] = cache.manifest.fingerprint
-        self._process = slice(process_index, None, process_count)
-        self._local_batch = global_batch // process_count
-        buffered = max(config.threads, config.prefetch * self._local_batch) if config.threads else 0
+        self._rows = range(global_batch) if rows is None else rows
+        buffered = max(config.threads, config.prefetch * len(self._rows)) if config.threads else 0
         self._read_options = grain.ReadOptions(num_threads=config.threads, prefetch_buffer_size=buffered)
         self._stall_timeout = config.stall_timeout
         self._consumed = 0
@@ -242,11 +237,16 @@ class Batches:
                 return {name: make(example) for name, make in self._make.items()} | row
         raise RunError(f"not one of the {n} images of config.data.path can be used: the log says why")
 
+    def _mine(self, k: int) -> dict[str, np.ndarray]:
+        """The k-th example of this process, see `_at`."""
+        batch, place = divmod(k, len(self._rows))
+        return self._at(batch * self._identity["global_batch"] + self._rows[place])
+
     def __iter__(self):
         return self
 
     def __next__(self) -> dict[str, np.ndarray]:
-        """{each input's name: [b, *shape], "row": int32 [b], rows of the global batch}; b = B / processes."""
+        """{each input's name: [b, *shape], "row": int32 [b], this process's b rows of the global batch}."""
         return self.wait()
 
     def wait(self, leave: Callable[[], bool] = lambda: False) -> dict[str, np.ndarray] | None:
@@ -273,10 +273,9 @@ class Batches:
     def _fetch(self, batch: concurrent.futures.Future) -> None:
         try:
             if self._batches is None:
-                first = self._consumed * self._identity["global_batch"]
-                positions = grain.MapDataset.range(first, _MAX_POSITION)[self._process]
-                examples = positions.map(self._at).to_iter_dataset(self._read_options)
-                self._batches = iter(examples.batch(self._local_batch))
+                here = len(self._rows)
+                examples = grain.MapDataset.range(self._consumed * here, _MAX_POSITION).map(self._mine)
+                self._batches = iter(examples.to_iter_dataset(self._read_options).batch(here))
             batch.set_result(next(self._batches))
         except BaseException as e:
             batch.set_exception(e)

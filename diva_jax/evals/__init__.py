@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from etils import epath
 from ml_collections import ConfigDict
 
 from diva_jax.common import config_files, fields, paths
@@ -74,6 +75,7 @@ class Task(abc.ABC):
     # Whether the train loop also logs how the scores differ from those of the encoder that the run began with;
     # `python -m diva_jax.evaluate` always compares.
     compared_in_training: bool = True
+    workdir: epath.Path | None = None  # Of the run that it is evaluated in; its selfcheck's results may be there.
 
     def bind(self, config: ConfigDict, mesh) -> None:  # noqa: B027 - most tasks need nothing from the run.
         """Called once with the whole config and the mesh, before any weights are loaded and before `evaluate`; a

@@ -142,8 +142,7 @@ class Towers:
     def outputs(self, step: Callable, read: Callable[[int], tuple], count: int, *like: Array) -> Iterator[Any]:
         """Yields the outputs of a compiled step for items 0..count-1, batch by batch, without the padding. `read` gives
         the arrays of one item, of the shapes `like`; it is called from threads, while the previous batch is in use."""
-        spans = NamedSharding(self.mesh, partition.BATCH).addressable_devices_indices_map((self.batch,)).values()
-        mine = sorted({i for (span,) in spans for i in range(*span.indices(self.batch))})
+        mine = partition.rows_here(self.mesh, self.batch)
         padding = [np.zeros(x.shape, x.dtype) for x in like]
         with ThreadPoolExecutor(files.THREADS) as pool:
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 
 from diva_jax import evals
 from diva_jax.common import paths
@@ -45,9 +46,10 @@ class Evaluator:
     """Tasks on a mesh: tables and lists are checked when it is built, towers are compiled once, for all weights.
 
     `data` is task, a name or a dotted path -> where its data is. `tasks` are by short name, in order; `options` are
-    those that the scores depend on, for results.json. A UserError where a task, an option or its data is wrong."""
+    those that the scores depend on, for results.json. `workdir` is that of a run that trains meanwhile. A UserError
+    where a task, an option or its data is wrong."""
 
-    def __init__(self, config, mesh, data: Mapping[str, str]):
+    def __init__(self, config, mesh, data: Mapping[str, str], workdir: epath.Path | None = None):
         self.config, self.mesh = config, mesh
         self.settings, sections = evals.parse(config.eval, data)
         self.tasks = {
@@ -57,6 +59,7 @@ class Evaluator:
         shared = {k: v for k, v in dataclasses.asdict(self.settings).items() if k not in ("every", "data")}
         self.options = shared | {evals.short(name): s.to_dict() for name, s in sections.items() if s}
         for task in self.tasks.values():
+            task.workdir = workdir
             task.bind(config, mesh)
         self.towers = Towers(spec_of(config), mesh, self.settings)
         texts = dict.fromkeys(text for task in self.tasks.values() for text in task.texts)

@@ -241,12 +241,15 @@ def restore(workdir: epath.PathLike, step: int, wanted: dict, partial: bool = Fa
 
 @contextlib.contextmanager
 def _reading(workdir: epath.PathLike, step: int):
-    """Context manager in which what tensorstore and orbax raise for damaged files becomes a `UserError`."""
+    """Context manager in which what tensorstore and orbax raise for damaged files becomes a `UserError`, and what they
+    raise where a bucket cannot be reached, whose files may be good, a `RunError`."""
     try:
         yield
     except Exception as e:
         reason = str(e) if isinstance(e, Damaged) else errors.reason(e)
         problem = f"the checkpoint of step {step} in {workdir} cannot be read ({reason})"
+        if paths.is_remote(workdir) and not isinstance(e, Damaged):
+            raise RunError(problem) from e
         raise UserError(f"{problem}: use another one of {steps(workdir)}") from e
 
 

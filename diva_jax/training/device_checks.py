@@ -181,6 +181,9 @@ def check_checkpoint(mesh: Mesh, workdir: epath.Path | None, timeout: int) -> tu
     by_device = NamedSharding(mesh, partition.BATCH)
     abstract = {"x": jax.ShapeDtypeStruct((mesh.size, 2**18), jnp.float32, sharding=by_device)}
     state = {"params": made_up(abstract)}
+    if jax.process_index() == 0 and folder.exists():
+        folder.rmtree()  # Of a check that was killed: a checkpoint that is there already is not written.
+    distributed.gathered(True)  # No process saves before.
     try:
         began = time.perf_counter()
         with checkpoint.Checkpoints(folder, 1, timeout) as checkpoints:

@@ -107,7 +107,7 @@ class Lock:
         """Whether no other run has put its token there; a file that cannot be read now says nothing."""
         try:
             owner = _owner(self._path)
-        except UserError:
+        except (UserError, RunError):
             owner = None
         if owner and owner.get("token") != self._mine["token"]:
             self._lost.set()

@@ -75,8 +75,7 @@ class Run:
             self.program.objective.inputs,
             seed=config.seed,
             global_batch=config.batch_size,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            rows=partition.rows_here(self.mesh, config.batch_size),
             cache_dir=self.workdir / "cache",
             cache=cache_builder.open_cache(self.program),
         )
@@ -84,9 +83,10 @@ class Run:
         self.steps_before = workdirs.check_config(self.workdir, config)
         self.lock: lock.Lock | None = None
         self.stopped_by: signal.Signals | None = None
-        self.evaluator = None
+        self.evaluator, self.evaluation_due = None, False
         if config.eval.every and not self.finished:
-            self.evaluator = evaluator.Evaluator(config, self.mesh, evals.entries(config.eval.data, "config.eval.data"))
+            data = evals.entries(config.eval.data, "config.eval.data")
+            self.evaluator = evaluator.Evaluator(config, self.mesh, data, self.workdir)
         distributed.check_same(
             {
                 "the number of images in config.data.path": self.batches.get_state()["records"],
@@ -99,8 +99,8 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Whether all steps were completed when this run was opened."""
-        return self.start >= self.total
+        """Whether all steps, and the evaluation after the last, were completed when this run was opened."""
+        return self.start >= self.total and (self.workdir / "done").exists()
 
     def describe(self) -> str:
         """The header of a run: its data, devices, dtypes, sources, and where it writes."""
@@ -144,6 +144,7 @@ class Run:
         if resumes:
             workdirs.check_sources(restored.meta["sources"], origins)
             self.batches.set_state(restored.data)
+            self.evaluation_due = restored.meta.get("evaluation_due", False)
         if first:  # Nothing is written before all inputs have been checked.
             self.lock = self.lock or lock.Lock(self.workdir)
             workdirs.write_config(self.workdir, self.config)
@@ -177,13 +178,12 @@ class Run:
 
     def run(self) -> bool:
         """Trains to the end, or to SIGTERM or the first SIGINT; saves in each case. Returns whether the run is
-        finished. If it is not, `stopped_by` is the signal. A UserError where weights are missing, invalid, or of
-        another architecture. A RunError where the loss or gradient is not finite, too many images cannot be read, a
-        checkpoint cannot be written, or another process is lost; the last checkpoint is kept."""
+        finished, with its last evaluation. If it is not, `stopped_by` is the signal. A UserError where weights are
+        missing, invalid, or of another architecture. A RunError where the loss or gradient is not finite, too many
+        images cannot be read, a checkpoint cannot be written, or another process is lost; the last checkpoint is kept.
+        """
         c, first, done = self.config, jax.process_index() == 0, self.workdir / "done"
         if self.finished:
-            if first and not done.exists():  # The run was killed between its last checkpoint and this file.
-                done.touch()
             return True
         say(self.describe())
         with contextlib.ExitStack() as over:
@@ -199,8 +199,11 @@ class Run:
             about = self.workdir, self.step, c.log.tensorboard, c.log.wandb, c.to_dict()
             self.writer = opened(metrics.Writer(*about)) if first else None
             chip = chips.of(self.mesh.devices.flat[0])
-            mfu = self.program.flops().total() / (chip.flops * self.mesh.size) if chip else None
-            self.progress = opened(metrics.Progress(self.writer, self.step, self.total, c.log.every, c.batch_size, mfu))
+            peak = chip.flops * self.mesh.size if chip else None
+            rest = range(self.program.stage_at(self.step), len(self.program.stages)) if chip else ()
+            mfu = {stage: self.program.flops(stage).total() / peak for stage in rest}
+            about = self.writer, self.step, self.total, c.log.every, c.batch_size
+            self.progress = opened(metrics.Progress(*about, lambda step: mfu.get(self.program.stage_at(step - 1))))
             self.checkpoints = opened(checkpoint.Checkpoints(self.workdir, c.checkpoint.keep, c.checkpoint.timeout))
             self.profile, self.preempted = opened(Profile(c.profile, self.workdir)), opened(Preemption())
             try:
@@ -214,17 +217,18 @@ class Run:
             except OSError as e:
                 advice = f"check that {self.workdir} can be written and that there is space, then start again"
                 raise RunError(f"step {self.step}: {e}: {advice}; the last checkpoint is kept") from e
-            if self.step < self.total:
+            if finished := self.step >= self.total and not self.evaluation_due:
+                if first:
+                    done.touch()  # For scripts that start the command again until the run is done.
+            else:
                 self.stopped_by = self.preempted.signal or signal.SIGTERM
                 say(f"{self.stopped_by.name}: saved step {self.step}; the same command resumes from here")
-            elif first:
-                done.touch()  # For scripts that start the command again until the run is done.
-        return self.step >= self.total
+        return finished
 
     def _train(self) -> None:
         """Trains to the end, or until a signal."""
         steps = Steps(self.program, self.progress.paused, self.saved)
-        if self.step == 0:
+        if self.step == 0 or self.evaluation_due:
             self._evaluate()
         if self.preempted:
             return
@@ -234,8 +238,7 @@ class Run:
                 self.lock.check()
             self.preempted.after(self.step)
             self.progress.add(self.step, values)
-            if not self.preempted:
-                self._evaluate()
+            self._evaluate()
             if self.step % self.config.checkpoint.every == 0:
                 self.progress.flush()
                 self._save()
@@ -250,8 +253,11 @@ class Run:
         return batch
 
     def _evaluate(self) -> None:
-        """Evaluates the current weights, or their moving average, if it is time; training goes on as without."""
-        if not self.evaluator or (self.step % self.config.eval.every and self.step != self.total):
+        """Evaluates the current weights, or their moving average, if it is time; training goes on as without. What a
+        signal breaks off is made when the run is started again."""
+        last, every = self.step == self.total, self.config.eval.every
+        self.evaluation_due = self.evaluator is not None and (last or self.step % every == 0)
+        if not self.evaluation_due or self.preempted:
             return
         self.progress.flush()
         began = time.perf_counter()
@@ -260,8 +266,9 @@ class Run:
             with self.preempted.at_once():
                 row, notes = self.evaluator.scalars(self.program.towers(params), params)
         except distributed.Interrupted:
-            say(f"{self.preempted.signal.name}: the evaluation of step {self.step} is skipped")
+            say(f"{self.preempted.signal.name}: the evaluation of step {self.step} is left to the next start")
             return
+        self.evaluation_due = False
         took = time.perf_counter() - began
         if self.writer:
             self.writer.write(self.step, row)
@@ -274,6 +281,8 @@ class Run:
         if self.writer:
             self.writer.flush()
         meta = {"sources": self.origins, "config": json.loads(self.config.to_json())}
+        if self.evaluation_due:
+            meta["evaluation_due"] = True
         if self.inherited:
             meta["init_from"] = self.inherited
         self.checkpoints.save(self.step, self.state, self.batches.get_state(), meta, wait)

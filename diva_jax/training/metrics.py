@@ -6,6 +6,7 @@ import json
 import math
 import time
 import uuid
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -42,10 +43,12 @@ class Writer:
         paths.write_whole(path, b"".join(kept))
         self._mirror, self._opened = paths.Mirror(path.parent), contextlib.ExitStack()
         self._opened.callback(self._mirror.close)
-        local = self._mirror.local / path.name
-        if not local.exists():
-            local.write_bytes(b"".join(kept))
-        self._file = self._opened.enter_context(open(local, "a", buffering=1))
+        local, printed = self._mirror.local, path.parent / "log.txt"
+        if not (local / path.name).exists():
+            (local / path.name).write_bytes(b"".join(kept))
+        if printed.exists() and not (local / printed.name).exists():
+            (local / printed.name).write_bytes(printed.read_bytes())
+        self._file = self._opened.enter_context(open(local / path.name, "a", buffering=1))
         self._began = time.monotonic()
         sessions = path.parent / "sessions.json"
         try:
@@ -56,7 +59,7 @@ class Writer:
             found = []
         found.append({"step": step, "started": log.now(), **log.describe()})
         paths.write_whole(sessions, json.dumps(found, indent=1))
-        log.keep_in(self._opened.enter_context(open(self._mirror.local / "log.txt", "a", buffering=1)))
+        log.keep_in(self._opened.enter_context(open(local / printed.name, "a", buffering=1)))
         self._opened.callback(log.keep_in, None)
         self._board = None
         if tensorboard:
@@ -98,11 +101,12 @@ class Writer:
 class Progress:
     """Collects the steps' metrics, checks that they are finite, and reports every `every` steps to the writer, if any.
     The metrics of a step are fetched after the next step has been started, so that the device does not wait. `images`
-    is their number per step, `utilisation` the MFU at one image per second, None if the chip's peak is not known."""
+    is their number per step; `utilisation` gives the MFU of a step at one image per second, None where the chip's peak
+    is not known."""
 
     def __init__(self, writer: Writer | None, start: int, total: int, every: int, images: int, utilisation=None):
         self._writer, self._total, self._every, self._images = writer, total, every, images
-        self._utilisation: float | None = utilisation
+        self._utilisation: Callable[[int], float | None] = utilisation or (lambda step: None)
         self._pending: tuple[int, dict] | None = None
         self._window: list[dict[str, float]] = []
         self._waited, self._window_start = 0.0, time.perf_counter()
@@ -148,8 +152,8 @@ class Progress:
         row = {k: float(np.mean([w[k] for w in self._window])) for k in self._window[0]}
         row["lr"] = self._window[-1]["lr"]
         row["images_per_s"] = len(self._window) * self._images / elapsed
-        if self._utilisation:
-            row["mfu"] = row["images_per_s"] * self._utilisation
+        if utilisation := self._utilisation(step):
+            row["mfu"] = row["images_per_s"] * utilisation
         row["data_wait"] = min(1.0, self._waited / elapsed)
         row["broken_images"] = self._broken
         if self._skipped:

@@ -40,6 +40,12 @@ def make_mesh(config, devices=None) -> Mesh:
     return Mesh(mesh_utils.create_device_mesh((data, fsdp), devices, allow_split_physical_axes=True), ("data", "fsdp"))
 
 
+def rows_here(mesh: Mesh, count: int) -> list[int]:
+    """The rows of a batch of `count`, in order, that are on the devices of this process."""
+    spans = NamedSharding(mesh, BATCH).addressable_devices_indices_map((count,)).values()
+    return sorted({i for (span,) in spans for i in range(*span.indices(count))})
+
+
 def parameter_spec(shape: tuple[int, ...], fsdp: int, min_shard: int) -> P:
     """Returns the partition of an array: split over `fsdp` along its largest divisible axis, or replicated if small."""
     axes = [i for i, n in enumerate(shape) if n % fsdp == 0]

@@ -276,12 +276,12 @@ class Program:
         trained = set(self.trained)
         return {n: a for n, a in self.arrays.items() if n not in trained}
 
-    def flops(self) -> collections.Counter[str]:
-        """The FLOPs per image and step of the last stage, by the outermost named scope, see `costs.chips`."""
+    def flops(self, stage: int = -1) -> collections.Counter[str]:
+        """The FLOPs per image and step of a stage, by the outermost named scope, see `costs.chips`."""
         shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), self.arrays | self.abstract_batch())
         count = self.config.batch_size // self.config.accum
         batch = {n: a.update(shape=(count, *a.shape[1:])) for n, a in shapes.items() if n not in self.arrays}
-        active = self.active(len(self.stages) - 1)
+        active = self.active(stage)
         frozen = {n: shapes[n] for n in self.arrays if n not in active}
 
         def loss(trained, frozen, batch, keys):

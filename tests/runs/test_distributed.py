@@ -35,7 +35,8 @@ TPU = ROOT / "tpu"
 
 def run_here(files, workdir) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline.Batches, "wait", pipeline.Batches.wait)  # `record` replaces it.
+        patch.setattr(pipeline.Batches, "wait", pipeline.Batches.wait)  # `record` replaces both.
+        patch.setattr(jax, "make_array_from_process_local_data", jax.make_array_from_process_local_data)
         record(f"{workdir}.here.rows")
         assert loop.Run(rotations(files, **FIELDS), workdir).run()
 
@@ -154,7 +155,7 @@ def test_a_preempted_jobset_starts_again_and_finishes(files, tmp_path):
 STALLS = [(30, {"stalled", "step 1/"}, signal.SIGTERM, 0, "SIGTERM: saved step")]
 STALLS += [(30, {"stalled", "step 1/"}, signal.SIGINT, 130, "SIGINT: saved step")]
 STALLS += [(30, set(), None, 1, "config.data.stall_timeout=3")]
-STALLS += [(10**6, {"outside.rotations: "}, signal.SIGTERM, 0, "SIGTERM: ")]  # The weights are loaded next.
+STALLS += [(10**6, {"outside.rotations: "}, signal.SIGTERM, 143, "SIGTERM: ")]  # The weights are loaded next.
 
 
 @pytest.mark.attack

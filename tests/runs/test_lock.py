@@ -9,13 +9,14 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from unittest import mock
 
 import commands
 import pytest
 from etils import epath
 from helpers import failed, refused
 
-from diva_jax.common.errors import UserError
+from diva_jax.common.errors import RunError, UserError
 from diva_jax.training import lock
 from diva_jax.training.lock import Lock
 
@@ -40,6 +41,18 @@ def test_a_lock_is_renewed_and_removed(tmp_path):
     assert json.loads((tmp_path / "lock.json").read_text())["beat"] > first["beat"]
     held.close()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lock_is_renewed_when_its_file_can_be_read_again(tmp_path, monkeypatch):
+    held, beat = Lock(epath.Path(tmp_path)), lambda: json.loads((tmp_path / "lock.json").read_text())["beat"]
+    with monkeypatch.context() as patch:
+        patch.setattr(lock, "_owner", mock.Mock(side_effect=RunError("the bucket does not answer")))
+        held.check(now=True)
+        time.sleep(0.2)
+    before = beat()
+    time.sleep(0.3)
+    assert beat() > before
+    held.close()
 
 
 @pytest.mark.parametrize("owner", [{"host": "elsewhere", "pid": 12}, {"host": socket.gethostname(), "pid": 2**22}])

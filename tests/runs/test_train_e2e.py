@@ -67,7 +67,7 @@ def test_a_finished_run_is_extended(files, uninterrupted, tmp_path):
     steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(1, 16))
     (done := tmp_path / "run/done").unlink()  # As where a run is killed before it could write it.
-    assert "all 15 steps are done" in commands.output(start(files, done.parent, "--config.steps=13")) and done.exists()
+    assert "done: 15 steps" in commands.output(start(files, done.parent, "--config.steps=13")) and done.exists()
 
 
 def interrupted(config, workdir, step: int, sig: signal.Signals) -> int | None:

@@ -1,7 +1,10 @@
 """Evaluation during training: the logged scores, and no effect on training."""
 
 import json
+import os
 import shutil
+import signal
+import time
 from pathlib import Path
 from unittest import mock
 
@@ -19,7 +22,7 @@ from diva_jax.common.results_schema import Task
 from diva_jax.evals import encode, evaluator
 from diva_jax.report import page
 from diva_jax.report.inputs import read
-from diva_jax.training import checkpoint, metrics, partition
+from diva_jax.training import checkpoint, compiler, metrics, partition
 from diva_jax.training.loop import Run
 from diva_jax.weights import origins
 
@@ -114,12 +117,21 @@ def test_training_is_bit_identical_with_and_without(files, photos, ran, tmp_path
     assert without == [{k: r[k] for k in ("step", "loss", "grad_norm")} for r in rows(ran) if "loss" in r]
 
 
-def test_a_resumed_run_logs_the_same(files, photos, ran, tmp_path, capsys):
-    """Step 4 was evaluated before its checkpoint: its row is kept, and only the last evaluation is repeated."""
+def test_a_resumed_run_logs_the_same(files, photos, ran, tmp_path, capsys, monkeypatch):
+    """Step 4 was evaluated before its checkpoint: its row is kept, and only the last evaluation is repeated. A signal
+    breaks that off, and the next start makes it. Tasks use the kernels that passed the check of the run's devices."""
     workdir = tmp_path / "run"
     shutil.copytree(ran, workdir)
     shutil.rmtree(workdir / "checkpoints" / str(TOTAL))
+    chosen = mock.Mock(wraps=compiler.chosen_kernels)
+    monkeypatch.setattr(compiler, "chosen_kernels", chosen)
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluator.Evaluator, "scalars", lambda *_: (os.kill(os.getpid(), signal.SIGTERM), time.sleep(9)))
+        assert not train(evaluating(files, photos), workdir)
+    assert checkpoint.latest_step(workdir) == TOTAL and not (workdir / "done").exists()
+    assert "the evaluation of step 5 is left to the next start" in capsys.readouterr().out
     assert train(evaluating(files, photos), workdir) and evaluations(workdir) == evaluations(ran)
+    assert (workdir / "done").exists() and {call.args[2] for call in chosen.call_args_list} == {workdir}
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("evaluated step")]
     assert len(said) == 1 and said[0].startswith("evaluated step 5 in ")
     assert "feedback/gap_other" in said[0] and "drift/cosine" in said[0] and "by_timestep" not in said[0]

@@ -48,10 +48,21 @@ def finish(processes: list[commands.Command]) -> list[tuple[int, str, str]]:
 
 
 def record(path) -> None:
-    """Writes every later batch of this process to `path`."""
+    """Writes every later batch of this process to `path`, and asserts that each example is at its row of the global
+    batch, on whose neighbours an objective's loss may depend."""
+    import jax
+
     from diva_jax.data import pipeline
 
-    original = pipeline.Batches.wait
+    original, put = pipeline.Batches.wait, jax.make_array_from_process_local_data
+
+    def placed(sharding, local):
+        array = put(sharding, local)
+        for shard in array.addressable_shards if local.ndim == 1 else ():  # Of "row".
+            assert shard.data.tolist() == list(range(*shard.index[0].indices(len(array))))
+        return array
+
+    jax.make_array_from_process_local_data = placed
 
     def wait(self, *args):
         batch = original(self, *args)

@@ -75,11 +75,11 @@ def data_config(path, **changes) -> ConfigDict:
     return config
 
 
-def batches(path, wanted=None, *, batch: int = 8, seed: int = 0, process=(0, 1), cache=None, cache_dir=None, **changes):
+def batches(path, wanted=None, *, batch: int = 8, seed: int = 0, rows=None, cache=None, cache_dir=None, **changes):
     """The iterator over the data at a path; `changes` are fields of `data_config`."""
     config = data_config(path, **changes)
     wanted = {"image": inputs.Image(config.image_size)} if wanted is None else wanted
-    at = dict(process_index=process[0], process_count=process[1], cache_dir=cache_dir, cache=cache)
+    at = dict(rows=rows, cache_dir=cache_dir, cache=cache)
     return pipeline.Batches(config, wanted, seed=seed, global_batch=batch, **at)
 
 

@@ -10,6 +10,7 @@ from unittest import mock
 import commands
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 import small
 from etils import epath
@@ -24,7 +25,7 @@ from diva_jax.models import attention, platform
 from diva_jax.models.diffusion.unet import UNet, UNetConfig
 from diva_jax.models.diffusion.vae import VAE, VAEConfig
 from diva_jax.models.layers import Keys
-from diva_jax.training import compiler, device_checks, distributed, partition
+from diva_jax.training import checkpoint, compiler, device_checks, distributed, partition
 from diva_jax.training.device_checks import FAILED, OK, SLOW, UNKNOWN, Case
 from diva_jax.training.step import Program
 
@@ -249,6 +250,8 @@ def test_collectives_and_checkpoint_on_eight_devices(tmp_path, monkeypatch):
     mesh = partition.make_mesh(config.MeshOptions(fsdp=2))
     ok, said = device_checks.check_collectives(mesh)
     assert ok and said.startswith("8 devices")
+    with checkpoint.Checkpoints(tmp_path / "selfcheck") as left:  # By a check that was killed.
+        left.save(1, {"params": {"x": np.zeros((3, 5), np.float32)}}, {}, {}, wait=True)
     ok, said = device_checks.check_checkpoint(mesh, epath.Path(tmp_path), 60)
     assert ok and said.startswith(f"8 MiB to {tmp_path}") and not list(tmp_path.iterdir())
     monkeypatch.setattr(jax.lax, "psum_scatter", lambda x, axes, **kw: x[: x.shape[0] // 8])

@@ -98,7 +98,7 @@ class Feedback(Task):
         config = config.copy_and_resolve_references()
         config.data.latents = ""  # That cache is of the training data, not of these images.
         self.config, self.mesh = config, mesh
-        self.program = Program(config, mesh)
+        self.program = Program(config, mesh, self.workdir)
         objective = self.program.objective
         needed = self.program.towers.needs("vision")
         self._encoder = [n for n in self.program.trained if n in needed]

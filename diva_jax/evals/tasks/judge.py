@@ -83,7 +83,7 @@ class Judge(Choice):
         config.trainable, config.data.latents = ((".*", 1.0),), ""
         for term in ("anchor", "contrast", "relation"):
             config.get(term, {}).update(weight=0.0)
-        self.program, self.mesh = Program(config, mesh), mesh
+        self.program, self.mesh = Program(config, mesh, self.workdir), mesh
         diffusion = self.program.objective.diffusion
         tokenize = parts.prompt_tokenizer(diffusion.source, diffusion.text_tokens, diffusion.text_encoder)
         self._ids = tokenize([*self.statements, self.options.neutral])  # The neutral text has the number -1.
@@ -97,7 +97,9 @@ class Judge(Choice):
     def _pixels(self, i: int) -> np.ndarray:
         """The image as the encoder's preprocessing shows it, at the VAE's resolution, uint8 [S, S, 3]."""
         size, spec = self.program.objective.image_size, self.program.objective.spec
-        return images.prepare(self._read(i), size, spec.resize_mode, spec.interpolation)
+        mode, _, side = spec.resize_mode.partition(":")  # The side is in pixels of the encoder.
+        mode = f"{mode}:{round(int(side) * size / spec.image_size)}" if side else mode
+        return images.prepare(self._read(i), size, mode, spec.interpolation)
 
     def _keys(self, numbers: Sequence[int]) -> np.ndarray:
         """Key data, one key per image, of the seed and the image's number."""

@@ -1,13 +1,15 @@
 """Drift, retrieval and the shifts of ImageNet: scores by hand, ties, layouts of data, bad data."""
 
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import trees
 from eval_data import FakeModel, encoded, evaluated, patch, prepared, unit, write_image
 
-from diva_jax.evals.tasks import drift, retrieval, robustness, zeroshot
+from diva_jax.data import images
+from diva_jax.evals.tasks import drift, judge, retrieval, robustness, zeroshot
 
 COUNT, DIM = 40, 12
 
@@ -16,6 +18,18 @@ class Given(FakeModel):
     def __init__(self, embeddings, label="fake"):
         super().__init__()
         self.draw, self.label = lambda *shape: embeddings, label
+
+
+@pytest.mark.parametrize(
+    "mode, there", [("squash", "squash"), ("shortest:40", "shortest:60"), ("squash:44", "squash:66")]
+)
+def test_the_judge_sees_the_part_of_the_image_that_the_encoder_sees(mode, there):
+    """At the resolution of its own VAE: 48 pixels, where the encoder's images have 32."""
+    spec = SimpleNamespace(image_size=32, resize_mode=mode, interpolation="bicubic")
+    objective, image = SimpleNamespace(image_size=48, spec=spec), patch(3).resize((90, 70))
+    task = SimpleNamespace(program=SimpleNamespace(objective=objective), _read=lambda i: image)
+    expected = images.prepare(image, 48, there, "bicubic")
+    np.testing.assert_array_equal(judge.Judge._pixels(task, 0), expected)
 
 
 def test_drift_of_what_is_unmoved_turned_and_moved(tmp_path):
