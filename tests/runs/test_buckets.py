@@ -91,8 +91,8 @@ def test_two_processes_with_data_and_workdir_in_a_bucket(files, bucket, tmp_path
     assert 2 <= saved < STEPS and not (workdir / "done").exists()
     ends = finish(start_all(files, workdir, 1, *more, rows=tmp_path / "second"))
     assert [code for code, _, _ in ends] == [0], ends
-    printed = [line for line in (workdir / "log.txt").read_text().splitlines() if f"step {saved}" in line]
-    assert "saved step" in printed[-2] and "resumed from" in printed[-1] and printed[-1] in ends[0][1]
+    printed = (workdir / "log.txt").read_text()
+    assert 0 <= printed.find(f"saved step {saved}") < printed.find(f"resumed from the checkpoint of step {saved}")
     assert checkpoint.latest_step(workdir) == STEPS and (workdir / "done").exists()
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in rows] == list(range(1, STEPS + 1))
@@ -136,8 +136,7 @@ def test_a_bucket_that_does_not_answer_is_not_an_empty_one(monkeypatch):
     failed("cannot be read .*ClientOSError", checkpoint.latest_step, workdir)
     failed("cannot be read .*ClientOSError", checkpoint.restore_newest, workdir, dict)
     failed("--workdir=gs://bucket/run cannot be reached", paths.folder, workdir, "--workdir")
-    monkeypatch.setattr(checkpoint, "check_files", mock.Mock(side_effect=ValueError("UNAVAILABLE")))
-    failed("step 3 in gs://bucket/run cannot be read .*UNAVAILABLE", checkpoint.restore_arrays, workdir, 3, {})
+    failed("step 3 in gs://bucket/run cannot be read .*ClientOSError", checkpoint.restore_arrays, workdir, 3, {})
 
 
 def test_executables_in_a_bucket(bucket):
