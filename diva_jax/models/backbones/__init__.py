@@ -178,7 +178,7 @@ VIT_B16, DINOV2_L, TINY = (TABLE.pop(name) for name in ("vitb16", "dinov2_l", "t
 def check(spec: Spec, where: str) -> Spec:
     """Returns a Spec whose values are possible; `where` is what it describes, such as a file or `config.backbone`."""
     fields.check(dataclasses.asdict(spec), fields.declared(Spec), where)
-    architecture(spec.arch)
+    architecture(spec.arch, where)
     for prefix, tower in [("", spec), *([("text.", spec.text)] if spec.has_text else [])]:
         needed = ("width", "mlp_dim", "heads", *(("context_length", "vocab_size") if prefix else ()))
         if zero := [size for size in needed if not getattr(tower, size)]:
@@ -208,10 +208,11 @@ def architectures() -> dict[str, ModuleType]:
     return {name: importlib.import_module(f"{__name__}.{name}") for name in listed}
 
 
-def architecture(name: str) -> ModuleType:
-    """The module of an architecture; a UserError lists those that exist where there is none of this name."""
+def architecture(name: str, where: str = "backbone") -> ModuleType:
+    """The module of an architecture, of what `where` describes; a UserError lists those that exist where there is none
+    of this name."""
     if name not in architectures():
-        raise UserError(f"backbone.arch={name!r} is no known architecture: use one of {listing(list(architectures()))}")
+        raise UserError(f"{where}.arch={name!r} is no known architecture: use one of {listing(list(architectures()))}")
     return architectures()[name]
 
 
