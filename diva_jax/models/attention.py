@@ -42,7 +42,7 @@ def parts(shape: tuple[int, int, int], heads: int) -> int:
         return 1
     images = batch // mesh.size
     most = max(1, chip.scores // (heads * n * (n + -n % LANES) * 4))
-    return next(count for count in range(1, images + 1) if images % count == 0 and images // count <= most)
+    return images // tile(images, most, 1)
 
 
 def implementation(width: int, dtype, mesh) -> str | None:

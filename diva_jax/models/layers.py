@@ -77,8 +77,6 @@ class Layers:
 
     def conv(self, n_in: int, n_out: int, size: int, stride: int = 1, padding=0, bias: bool = True) -> nnx.Conv:
         """[B, H, W, n_in] -> [B, H', W', n_out]; `padding` as ((top, bottom), (left, right)) or one number."""
-        if isinstance(padding, int):
-            padding = ((padding, padding),) * 2
         options = dict(padding=padding, use_bias=bias, conv_general_dilated=convolve)
         return nnx.Conv(n_in, n_out, (size, size), stride, **options, **self._kw)
 
@@ -203,20 +201,13 @@ def split_qkv(qkv: Array, count: int) -> tuple[Array, Array, Array]:
 # 12868). Within a loop over draws or micro-batches JAX's gradients are 5 to 50 times slower than those written here in
 # that layout. Programs for other devices are those of `jax.lax.conv_general_dilated`, but for `convolve_once`.
 Padding = tuple[tuple[int, int], ...]
-_LAYOUT = ("NHWC", "HWIO", "NHWC")
-
-
-def _plain(x: Array, kernel: Array, strides, padding, lhs_dilation, rhs_dilation, precision) -> Array:
-    dilated = dict(lhs_dilation=lhs_dilation, rhs_dilation=rhs_dilation)
-    return jax.lax.conv_general_dilated(
-        x, kernel, strides, padding, dimension_numbers=_LAYOUT, precision=precision, **dilated
-    )
+_channels_last = functools.partial(jax.lax.conv_general_dilated, dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
 def _fast(x: Array, kernel: Array, strides: tuple[int, ...], padding: Padding, precision, once: bool = False) -> Array:
     """[B, H, W, in], [h, w, in, out] -> [B, H', W', out]; `once` as in `convolve_once`."""
-    return _plain(x, kernel, strides, padding, (1, 1), (1, 1), precision)
+    return _channels_last(x, kernel, strides, padding, precision=precision)
 
 
 def _turned(kernel: Array) -> Array:
@@ -231,13 +222,12 @@ def _convolve_backward(strides, padding, precision, once, given, g):
     # Gradient of the input: a convolution of g, with zeros between its rows, with the flipped kernel.
     around = [(k - 1 - low, n + low - (m - 1) * s - 1) for n, k, m, s, (low, _) in sizes]
     turned = (_turned(kernel) if once else kernel[::-1, ::-1]).swapaxes(2, 3)
-    to_x = _plain(g, turned, (1, 1), around, strides, (1, 1), precision)
+    to_x = _channels_last(g, turned, (1, 1), around, lhs_dilation=strides, precision=precision)
     # Gradient of the kernel: a convolution in which the axes of images and channels are exchanged.
     around = [(low, (m - 1) * s + k - n - low) for n, k, m, s, (low, _) in sizes]
-    to_kernel = _plain(
-        x.transpose(3, 1, 2, 0), g.transpose(1, 2, 0, 3), (1, 1), around, (1, 1), strides, precision
-    ).transpose(1, 2, 0, 3)
-    return to_x, to_kernel
+    x, g = x.transpose(3, 1, 2, 0), g.transpose(1, 2, 0, 3)
+    to_kernel = _channels_last(x, g, (1, 1), around, rhs_dilation=strides, precision=precision)
+    return to_x, to_kernel.transpose(1, 2, 0, 3)
 
 
 _fast.defvjp(lambda x, kernel, *how: (_fast(x, kernel, *how), (x, kernel)), _convolve_backward)

@@ -54,9 +54,9 @@ LANES = 128  # Tiles are multiples of the number of lanes of a vector register.
 NN = (((1,), (0,)), ((), ()))  # x @ y
 
 
-def tile(n: int, most: int) -> int:
-    """Returns the largest divisor of n that is a multiple of LANES and at most `most`; n is a multiple of LANES."""
-    return max(t for t in range(LANES, most + 1, LANES) if n % t == 0)
+def tile(n: int, most: int, unit: int = LANES) -> int:
+    """Returns the largest divisor of n that is a multiple of `unit` and at most `most`; n is a multiple of `unit`."""
+    return max(t for t in range(unit, min(n, most) + 1, unit) if n % t == 0)
 
 
 def dot(x: Array, y: Array, dims=NN) -> Array:

@@ -25,6 +25,7 @@ from diva_jax.data import preprocess
 from diva_jax.models import adapters
 from diva_jax.models.diffusion.flow import Projector, TorchLayers
 from diva_jax.models.layers import Array, widened
+from diva_jax.models.platform import split, tile
 from diva_jax.objectives import contract
 from diva_jax.objectives.contract import EXACT, FAITHFUL, switch
 from diva_jax.objectives.shared.stable_diffusion import StableDiffusionObjective, view_stats, weighted_sum
@@ -124,10 +125,6 @@ class DcrDraws(NamedTuple):
     dropout: tuple[Array, Array] | None
 
 
-def _largest_divisor(n: int, most: int) -> int:
-    return max(k for k in range(1, n + 1) if n % k == 0 and k <= max(1, most))
-
-
 class Contrast(NamedTuple):
     """The contrastive loss of each image and its logits. `losses` [B, 2] are minus the logarithm of each positive's
     share, plus and target; the loss is the mean of all. `others` [B, g] are the logits of all conditions of the group,
@@ -177,11 +174,6 @@ class Objective(StableDiffusionObjective):
         """See `contract.Objective`; the projector and the adapters have no source."""
         return super().pretrained((adapters.FRESH,), self.options.text_mask == FAITHFUL)
 
-    @property
-    def conditions(self) -> int:
-        """U-Net passes per image."""
-        return 1 if self.options.stage1_loss == EXACT else self.options.group + 1
-
     def draw(self, keys: Array, latents_shape: tuple[int, int, int]) -> DcrDraws:
         """From one key per image, [B]; each image's draw depends on its key alone."""
 
@@ -210,13 +202,14 @@ class Objective(StableDiffusionObjective):
         """(chunks of the micro-batch, conditions of the group + 1) that run at the same time. A chunk of r images per
         chip under k conditions has at most `tile` passes; where all conditions fit, an image's gradient is taken right
         after its passes; otherwise, its passes are computed again in the backward pass."""
-        mesh, conditions = jax.sharding.get_abstract_mesh(), self.conditions
+        conditions = 1 if self.options.stage1_loss == EXACT else self.options.group + 1
+        mesh = jax.sharding.get_abstract_mesh()
         chips = 1 if mesh.empty else mesh.size
         local = images // chips if images % chips == 0 else images
         if self.options.tile >= conditions:
-            return local // _largest_divisor(local, self.options.tile // conditions), conditions
-        together = _largest_divisor(local, self.options.tile)
-        return local // together, _largest_divisor(conditions, self.options.tile // together)
+            return local // tile(local, self.options.tile // conditions, 1), conditions
+        together = tile(local, self.options.tile, 1)
+        return local // together, tile(conditions, self.options.tile // together, 1)
 
     def predict(self, noisy: Array, timesteps: Array, conditions: Array, together: int) -> Array:
         """Predictions, [B, n, h, w, c], of `noisy`, [B, h, w, c], under conditions [B, n, C] added to the text's rows.
@@ -269,11 +262,7 @@ class Objective(StableDiffusionObjective):
             compared = contrast(predicted, goal.astype(predicted.dtype), rows % g, self.options.temperature)
             return jnp.mean(compared.losses).astype(jnp.float32), {"predicted": predicted, "contrast": compared}
 
-        def apart(x):
-            """[B, ...] -> [chunks, B / chunks, ...]; chunk a has images a, a + chunks, ...: none changes its chip."""
-            return jnp.swapaxes(x.reshape(b // chunks, chunks, *x.shape[1:]), 0, 1)
-
-        parts_of = jax.tree.map(apart, (jnp.arange(b), noisy, drawn.timesteps, goal))
+        parts_of = jax.tree.map(lambda x: split(x, chunks), (jnp.arange(b), noisy, drawn.timesteps, goal))
         value, by_chunk = weighted_sum(one_chunk, (p, plus), parts_of, jnp.full((chunks,), 1 / chunks, jnp.float32))
         joined = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1).reshape(b, *x.shape[2:]), by_chunk)
         return value, {**seen, "goal": goal, **joined}

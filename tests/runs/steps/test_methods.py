@@ -313,7 +313,7 @@ def test_projector_alone_reconstructs(kind):
     c.diffusion.scheduler.prediction_type = kind
     config.validate(c, 1)
     module, p = made(c)
-    assert [s.name for s in p.stages] == ["projector"] and p.objective.conditions == 1
+    assert [s.name for s in p.stages] == ["projector"] and p.objective.tiles(4)[1] == 1
     pixels, drawn = uniform(4), module.draw(jax.random.split(jax.random.key(0), 4), (14, 14, 4))
     value, seen = jax.jit(module.forward)(pixels, drawn)
     goal = module.target(seen["latents"], drawn.noise, drawn.timesteps)
