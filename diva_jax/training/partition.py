@@ -5,16 +5,17 @@ The name of a parameter is its path in the module, joined by slashes (`vision/bl
 optimizer states and checkpoints are dicts with these names as keys.
 """
 
+import itertools
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.experimental import mesh_utils
-from jax.extend import core
+from jax.interpreters.partial_eval import dce_jaxpr
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
 from diva_jax.common.errors import UserError, listing
@@ -46,18 +47,19 @@ def rows_here(mesh: Mesh, count: int) -> list[int]:
     return sorted({i for (span,) in spans for i in range(*span.indices(count))})
 
 
-def parameter_spec(shape: tuple[int, ...], fsdp: int, min_shard: int) -> P:
-    """Returns the partition of an array: split over `fsdp` along its largest divisible axis, or replicated if small."""
-    axes = [i for i, n in enumerate(shape) if n % fsdp == 0]
-    if fsdp == 1 or not axes or math.prod(shape) < min_shard:
-        return P()
-    longest = max(axes, key=lambda i: shape[i])
-    return P(*(["fsdp" if i == longest else None for i in range(len(shape))]))
-
-
 def parameter_shardings(arrays: Mapping, mesh: Mesh, min_shard: int) -> dict[str, NamedSharding]:
-    """Returns name -> sharding for arrays, or anything else with a shape."""
-    return {n: NamedSharding(mesh, parameter_spec(a.shape, mesh.shape["fsdp"], min_shard)) for n, a in arrays.items()}
+    """Returns name -> sharding for arrays, or anything else with a shape: split over `fsdp` along the largest axis that
+    it divides, or replicated where there is none or the array has fewer than `min_shard` elements."""
+    fsdp = mesh.shape["fsdp"]
+
+    def spec(shape: tuple[int, ...]) -> P:
+        axes = [i for i, n in enumerate(shape) if n % fsdp == 0]
+        if fsdp == 1 or not axes or math.prod(shape) < min_shard:
+            return P()
+        longest = max(axes, key=lambda i: shape[i])
+        return P(*["fsdp" if i == longest else None for i in range(len(shape))])
+
+    return {n: NamedSharding(mesh, spec(a.shape)) for n, a in arrays.items()}
 
 
 def name_of(path: tuple) -> str:
@@ -136,20 +138,13 @@ class Towers:
         self._skeleton = skeleton
         self._abstract = {n: jax.ShapeDtypeStruct(a.shape, a.dtype) for n, a in sorted(arrays.items())}
         traced, self.shapes = jax.make_jaxpr(lambda a: _leaves(skeleton, a), return_shape=True)(self._abstract)
-        inputs = dict(zip(traced.jaxpr.invars, self._abstract, strict=True))
-        # Variable of the traced program -> the parameters that its value depends on.
-        depends = {var: frozenset((name,)) for var, name in inputs.items()}
-
-        def needs(var) -> frozenset[str]:
-            return frozenset() if isinstance(var, core.Literal) else depends.get(var, frozenset())
-
-        for eqn in traced.jaxpr.eqns:
-            depends.update(dict.fromkeys(eqn.outvars, frozenset().union(*map(needs, eqn.invars))))
-        paths = [(path[0].key, path[1].key) for path, _ in jax.tree_util.tree_leaves_with_path(self.shapes)]
-        leaves = dict(zip(paths, traced.jaxpr.outvars, strict=True))
-        self._needs = {leaf: needs(var) for leaf, var in leaves.items()}
+        self._traced = traced.jaxpr
+        inputs = {id(var): name for var, name in zip(self._traced.invars, self._abstract, strict=True)}
+        paths = jax.tree_util.tree_leaves_with_path(self.shapes)
+        self._leaves = [(tower.key, name.key) for (tower, name), _ in paths]
         # Leaves that are an unchanged parameter.
-        self._same = {leaf: inputs[v] for leaf, v in leaves.items() if not isinstance(v, core.Literal) and v in inputs}
+        results = zip(self._leaves, self._traced.outvars, strict=True)
+        self._same = {leaf: inputs[id(var)] for leaf, var in results if id(var) in inputs}
 
     def check(self, spec: Spec) -> None:
         """A UserError where a tower has other names or shapes than that of the backbone `spec`, or is not known."""
@@ -163,21 +158,25 @@ class Towers:
 
     def needs(self, tower: str) -> frozenset[str]:
         """Returns the names of the objective's parameters that a tower is computed from."""
-        return frozenset().union(*(names for (t, _), names in self._needs.items() if t == tower))
+        return frozenset(self._inputs([leaf for leaf in self._leaves if leaf[0] == tower]))
+
+    def _inputs(self, leaves: Collection[tuple[str, str]]) -> list[str]:
+        """The names of the parameters that some leaves are computed from, in order."""
+        _, used = dce_jaxpr(self._traced, [leaf in leaves for leaf in self._leaves])
+        return list(itertools.compress(self._abstract, used))
 
     def __call__(self, arrays: Mapping[str, jax.Array], wanted: Iterable[str] | None = None) -> Flat:
         """The towers `wanted` (default all) of these parameters: tower -> name -> array, for an unchanged parameter the
         given array. `arrays` has at least those that `needs` names, on devices or on the host."""
         wanted = set(self.shapes if wanted is None else wanted)
-        leaves = [leaf for leaf in self._needs if leaf[0] in wanted]
+        leaves = [leaf for leaf in self._leaves if leaf[0] in wanted]
         found = {leaf: arrays[self._same[leaf]] for leaf in leaves if leaf in self._same}
         if computed := [leaf for leaf in leaves if leaf not in self._same]:
-            needed = sorted(frozenset().union(*(self._needs[leaf] for leaf in computed)))
 
             def compute(given):
                 rest = {n: jnp.zeros(a.shape, a.dtype) for n, a in self._abstract.items() if n not in given}
                 towers = _leaves(self._skeleton, {**rest, **given})
                 return [towers[tower][name] for tower, name in computed]
 
-            found |= zip(computed, jax.jit(compute)({n: arrays[n] for n in needed}), strict=True)
+            found |= zip(computed, jax.jit(compute)({n: arrays[n] for n in self._inputs(computed)}), strict=True)
         return {t: {name: found[t, name] for tower, name in leaves if tower == t} for t in self.shapes if t in wanted}
