@@ -89,6 +89,9 @@ _KINDS = {
 }
 
 
+REGEX = Rule(is_regex, "must be a regular expression")
+
+
 def at_least(least: float) -> Rule:
     """Numbers from `least` on."""
     return Rule(lambda v: v >= least, f"must be at least {least}")

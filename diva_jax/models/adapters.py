@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from diva_jax.common.errors import UserError, listing
-from diva_jax.common.fields import Rule, above, at_least, below, field, is_regex
+from diva_jax.common.fields import REGEX, Rule, above, at_least, below, field
 from diva_jax.models.layers import Array, Matrix
 
 # Layers whose outputs are several projections, one after the other, by the last component of their path.
@@ -42,7 +42,7 @@ class Lora:
     targets: str = field(
         BLOCKS,
         "The layers whose path in the model, e.g. blocks/3/mlp/fc1, matches this regular expression are adapted.",
-        Rule(is_regex, "must be a regular expression"),
+        REGEX,
     )
     fused: str = field(
         "qkv",

@@ -15,7 +15,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from diva_jax.common.errors import UserError
-from diva_jax.common.fields import Rule, at_least, between, choice, field, is_regex, parse
+from diva_jax.common.fields import REGEX, at_least, between, choice, field, parse
 from diva_jax.data import preprocess
 from diva_jax.models import adapters, backbones
 from diva_jax.models.diffusion import flow, presets
@@ -54,7 +54,7 @@ class GenHancerLora(adapters.Lora):
     targets: str = field(
         "",
         "The encoder's layers whose path matches this regular expression are adapted; if empty, those of the authors.",
-        Rule(is_regex, "must be a regular expression"),
+        REGEX,
     )
 
 
