@@ -21,7 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from diva_jax import objectives
 from diva_jax.common import log
 from diva_jax.common.errors import UserError, listing
-from diva_jax.common.fields import Rule, above, below, between, choice, field, is_regex
+from diva_jax.common.fields import REGEX, Rule, above, below, between, choice, field
 from diva_jax.common.log import say
 from diva_jax.costs import chips
 from diva_jax.models import backbones, layers, platform
@@ -49,11 +49,7 @@ class OptimOptions:
     eps: float = field(1e-8, "Adamw's epsilon.", Rule(lambda v: 0 < v <= 1, "must be above 0, at most 1"))
     weight_decay: float = field(0.0, "The decay of weights, decoupled in adamw, not in sgd.", between(0, 1e38))
     decay_all: bool = field(False, "Whether vectors, such as biases and norms, decay as matrices do.")
-    no_decay: str = field(
-        "",
-        "Parameters whose whole name matches this regular expression do not decay.",
-        Rule(is_regex, "must be a regular expression"),
-    )
+    no_decay: str = field("", "Parameters whose whole name matches this regular expression do not decay.", REGEX)
 
 
 def pace(stage: objectives.Stage, warmup: float) -> objectives.Pace:
@@ -224,23 +220,27 @@ class Program:
 
     def init_opt(self, stage: int, params: Mapping[str, jax.Array]):
         """A fresh optimizer state for a stage, sharded as its parameters."""
-        shardings = jax.tree.map(lambda a: a.sharding, self._abstract_opt(stage))
+        shardings = jax.tree.map(lambda a: a.sharding, self.abstract_state(stage)["opt"])
         init = jax.jit(self.optimizer(stage).init, out_shardings=shardings)
         return init({n: params[n] for n in self.active(stage)})
 
-    def _abstract_opt(self, stage: int):
-        tx, params = self.optimizer(stage), {n: self.arrays[n] for n in self.active(stage)}
-        shapes, others = jax.eval_shape(tx.init, params), lambda leaf: leaf.update(sharding=self.replicated)
-        place = lambda leaf, of: leaf.update(sharding=of.sharding)  # noqa: E731
-        return optax.tree.map_params(tx, place, shapes, params, transform_non_params=others)
-
     def abstract_state(self, stage: int) -> dict:
         """The train state of a stage, as ShapeDtypeStructs with shardings."""
+
+        def whole(leaf):
+            return leaf.update(sharding=self.replicated)
+
+        def alike(leaf, param):
+            return leaf.update(sharding=param.sharding)
+
+        tx, active = self.optimizer(stage), {n: self.arrays[n] for n in self.active(stage)}
+        opt = jax.eval_shape(tx.init, active)
+        opt = optax.tree.map_params(tx, alike, opt, active, transform_non_params=whole)
+        key = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
         params = {n: self.arrays[n] for n in self.trained}
-        key = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0))).update(sharding=self.replicated)
-        numbers = {"step": jax.ShapeDtypeStruct((), jnp.int32, sharding=self.replicated), "key": key}
         average = {"ema": params} if self.config.ema.decay else {}
-        return {"params": params, "opt": self._abstract_opt(stage), **numbers, **average}
+        numbers = {"step": whole(jax.ShapeDtypeStruct((), jnp.int32)), "key": whole(key)}
+        return {"params": params, "opt": opt, **numbers, **average}
 
     def init_state(self, params: Mapping[str, jax.Array]) -> dict:
         """The state of step 0, from the values of the trained parameters; their moving average begins with them."""
@@ -278,17 +278,16 @@ class Program:
 
     def flops(self, stage: int = -1) -> collections.Counter[str]:
         """The FLOPs per image and step of a stage, by the outermost named scope, see `costs.chips`."""
-        shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), self.arrays | self.abstract_batch())
         count = self.config.batch_size // self.config.accum
-        batch = {n: a.update(shape=(count, *a.shape[1:])) for n, a in shapes.items() if n not in self.arrays}
-        active = self.active(stage)
-        frozen = {n: shapes[n] for n in self.arrays if n not in active}
+        batch = {n: jax.ShapeDtypeStruct((count, *a.shape[1:]), a.dtype) for n, a in self.abstract_batch().items()}
+        frozen = {n: jax.ShapeDtypeStruct(a.shape, a.dtype) for n, a in self.arrays.items()}
+        trained = {n: frozen.pop(n) for n in self.active(stage)}
 
         def loss(trained, frozen, batch, keys):
             return self.skeleton.merge(trained, frozen).loss(batch, keys)[0]
 
         keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), count))
-        jaxpr = jax.make_jaxpr(jax.value_and_grad(loss))({n: shapes[n] for n in active}, frozen, batch, keys)
+        jaxpr = jax.make_jaxpr(jax.value_and_grad(loss))(trained, frozen, batch, keys)
         return collections.Counter({part: n / count for part, n in chips.flops_by_part(jaxpr.jaxpr).items()})
 
     def step(self, stage: int) -> "Step":
