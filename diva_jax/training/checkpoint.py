@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging as absl_logging
 from etils import epath
@@ -52,14 +51,8 @@ def _checksum(x: jax.Array) -> jax.Array:
 
 def checksums(tree) -> dict[str, int]:
     """Path of each array in a tree, as `jax.tree_util.keystr` writes it -> its checksum, 0 to 2**32 - 1."""
-
-    def narrow(x):  # jax would round values of 64 bits on the host.
-        wide = isinstance(x, np.ndarray) and x.itemsize == 8 and x.ndim
-        return np.ascontiguousarray(x)[..., None].view(np.uint32) if wide else x
-
     # One after another: programs that wait for each other's devices can block when many run at once on CPU devices.
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path): int(_checksum(narrow(a))) for path, a in leaves}
+    return {jax.tree_util.keystr(path): int(_checksum(a)) for path, a in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def text_checksum(*content) -> int:
