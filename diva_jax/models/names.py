@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
+import numpy as np
 from flax import nnx
 
 from diva_jax.common.errors import UserError, brief, listing
@@ -56,9 +57,7 @@ def flat(state) -> dict[tuple, nnx.Variable]:
 
 def torch_shape(path: tuple, shape: tuple[int, ...]) -> tuple[int, ...]:
     """The shape of the PyTorch tensor that belongs to our parameter."""
-    if path[-1] != "kernel":
-        return tuple(shape)
-    return (shape[1], shape[0]) if len(shape) == 2 else (shape[3], shape[2], shape[0], shape[1])
+    return to_torch_layout(path, np.broadcast_to(0, shape)).shape
 
 
 def from_torch_layout(path: tuple, array, axes: tuple[int, ...] = (2, 3, 1, 0)):
