@@ -14,7 +14,7 @@ from flax import nnx
 from diva_jax.common.errors import UserError
 from diva_jax.models.backbones import IMAGENET_MEAN, IMAGENET_STD, NO_TEXT, Features, Spec
 from diva_jax.models.backbones.shared import open_clip_config as occ, transformers_layout as hf
-from diva_jax.models.backbones.shared.transformer import Attention, Mlp, embedded, run
+from diva_jax.models.backbones.shared.transformer import Block, embedded, run
 from diva_jax.models.layers import Layers
 from diva_jax.models.names import tensor_shape
 
@@ -45,21 +45,17 @@ class SwiGLU(nnx.Module):
         return self.w3(jax.nn.silu(a) * b)
 
 
-class ScaledBlock(nnx.Module):
+class ScaledBlock(Block):
     """x + ls1 * attention(norm1(x)), then x + ls2 * mlp(norm2(x))."""
 
     def __init__(self, make: Layers, spec: Spec):
-        # So that the variance of the residual stream does not grow with depth; checkpoints bring their own values.
-        width, scale = spec.width, (2 * spec.layers) ** -0.5
-        self.norm1 = make.layer_norm(width, spec.norm_eps)
-        self.attn = Attention(make, width, spec.heads, causal=False)
-        self.ls1 = LayerScale(make, width, scale)
-        self.norm2 = make.layer_norm(width, spec.norm_eps)
+        width = spec.width
+        super().__init__(make, width, spec.heads, spec.mlp_dim, spec.activation, spec.norm_eps)
         if spec.activation == "swiglu":
             self.mlp = SwiGLU(make, width, spec.mlp_dim)
-        else:
-            self.mlp = Mlp(make, width, spec.mlp_dim, spec.activation)
-        self.ls2 = LayerScale(make, width, scale)
+        # So that the variance of the residual stream does not grow with depth; checkpoints bring their own values.
+        scale = (2 * spec.layers) ** -0.5
+        self.ls1, self.ls2 = LayerScale(make, width, scale), LayerScale(make, width, scale)
 
     def __call__(self, x: jax.Array) -> jax.Array:  # [B, N, D] -> [B, N, D]
         x = x + self.ls1(self.attn(self.norm1(x)))
@@ -91,9 +87,8 @@ class Vision(nnx.Module):
         x = embedded(self, images, self.cls_token)
         if self.registers:
             shape = (len(x), *self.register_tokens.shape[1:])
-            x = jnp.concatenate(
-                [x[:, :1], jnp.broadcast_to(self.register_tokens[...].astype(self.dtype), shape), x[:, 1:]], axis=1
-            )
+            registers = jnp.broadcast_to(self.register_tokens[...].astype(self.dtype), shape)
+            x = jnp.concatenate([x[:, :1], registers, x[:, 1:]], axis=1)
         x = self.norm(run(self.blocks, x, remat=self.remat))  # [B, 1 + R + P, D]
         return Features(tokens=x[:, 1 + self.registers :], pooled=x[:, 0])
 
