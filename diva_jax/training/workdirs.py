@@ -175,21 +175,20 @@ def read_config(workdir: epath.PathLike, field: str = "--workdir") -> ConfigDict
 def choose_step(workdir: epath.PathLike, step: int | None = None, given: str = "") -> int:
     """`step`, or the newest one; a UserError lists those that exist. `given` is what the user wrote for it."""
     given, workdir = given or f"--step={step}", epath.Path(workdir).expanduser()
-    found = checkpoint.damages(workdir)
-    there, damaged = sorted(s for s in found if not found[s]), {s: why for s, why in found.items() if why}
-    newest = max(damaged, default=-1)
-    if not there:
-        broken = f" that can be read (that of step {newest}: {damaged[newest]})" if damaged else " yet"
+    damages = checkpoint.damages(workdir)
+    whole, newest = sorted(s for s, damage in damages.items() if damage is None), max(damages, default=None)
+    if not whole:
+        broken = f" that can be read (that of step {newest}: {damages[newest]})" if damages else " yet"
         raise UserError(f"{workdir} has no checkpoint{broken}: let the run save one, or correct the path")
     if step is None:
-        if newest > there[-1]:
-            why = f"the checkpoint of step {newest} is damaged ({damaged[newest]})"
-            say(f"{workdir}: {why}: that of step {there[-1]} is used")
-        return there[-1]
-    if step in damaged:
-        raise UserError(f"{given}: that checkpoint is damaged ({damaged[step]}): use one of {listing(there)}")
-    if step not in there:
-        raise UserError(f"{given} has no checkpoint in {workdir}: use one of {listing(there)}")
+        if damages[newest]:
+            damage = f"the checkpoint of step {newest} is damaged ({damages[newest]})"
+            say(f"{workdir}: {damage}: that of step {whole[-1]} is used")
+        return whole[-1]
+    if step not in damages:
+        raise UserError(f"{given} has no checkpoint in {workdir}: use one of {listing(whole)}")
+    if damages[step]:
+        raise UserError(f"{given}: that checkpoint is damaged ({damages[step]}): use one of {listing(whole)}")
     return step
 
 
@@ -268,7 +267,7 @@ class RunAt:
                 saved = meta.get("config") if isinstance(meta.get("config"), dict) else {}
                 # A run of another version may have other fields.
                 here = {k: v for k, v in json.loads(config.to_json()).items() if k in saved}
-                if changed := saved and differences(here, saved, WHOLE, (*RESUMABLE, "steps")):
+                if changed := differences(here, saved, WHOLE, (*RESUMABLE, "steps")):
                     problem = f"is not the config that the checkpoint of step {chosen} was saved with"
                     advice = f"they differ in {listing(changed, 5)}: put the run's own config.json back"
                     raise UserError(f"{workdir}/config.json {problem}, {advice}")
@@ -293,10 +292,9 @@ class RunAt:
         wanted = list(self.program.towers.shapes if wanted is None else wanted)
         needed = set().union(*(self.program.towers.needs(t) for t in wanted)) - set(self.params)
         taken = {n: self.program.arrays[n] for n in needed & set(self.taken.get("frozen", ()))}
-        inherited = {}
+        arrays, began = initial_arrays(self.program, needed - taken.keys(), every_source=False)
+        check_sources(self.sources, began)
         if taken:
             parent = Parent.recorded(self.taken)
-            inherited, _ = checkpoint.restore_arrays(parent.workdir, parent.step, taken)
-        found, began = initial_arrays(self.program, needed - set(taken), every_source=False)
-        check_sources(self.sources, began)
-        return self.program.towers({**found, **inherited, **self.params}, wanted)
+            arrays |= checkpoint.restore_arrays(parent.workdir, parent.step, taken)[0]
+        return self.program.towers({**arrays, **self.params}, wanted)
