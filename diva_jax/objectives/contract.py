@@ -235,8 +235,8 @@ class Objective(nnx.Module):
         source = self.latent_source
         if source is None:
             return {}
-        vae = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(source.vae).items()}
-        facts = {"vae": vae, "image_size": source.size, **{n: getattr(source, n) for n in ("dtype", "held", "view")}}
+        facts = {"vae": dataclasses.asdict(source.vae), "image_size": source.size}
+        facts |= {name: getattr(source, name) for name in ("dtype", "held", "view")}
         make = lambda batch: self.moments(preprocess.to_float(batch["image"]))  # noqa: E731
         return {"moments": Cacheable(source.shape, facts, {"vae": source.part}, make)}
 

@@ -75,7 +75,7 @@ def stages(config: ConfigDict) -> tuple[contract.Stage, ...]:
 
 class DivaDraws(NamedTuple):
     """The random numbers of one draw for B images, or of N (a leading axis): timesteps [B], int32; standard normal
-    noise [B, h, w, c]; patch indices [B, K], or None where no token is drawn."""
+    noise [B, h, w, c]; patch indices [B, K], int32, uniform with replacement, or None where no token is drawn."""
 
     timesteps: Array
     noise: Array
@@ -92,14 +92,6 @@ def token_count(select: str, patches: int) -> int:
     """Returns the number of tokens in the condition, including the pooled token."""
     kind, k = parse_select(select)
     return 1 + {"all": patches, "none": 0, "random": k, "runs": patches // max(k, 1)}[kind]
-
-
-def draw_token_indices(keys: Array, select: str, patches: int) -> Array | None:
-    """Draws patch indices [B, K], int32, uniform with replacement, from one key per image [B]; None unless random."""
-    kind, k = parse_select(select)
-    if kind != "random":
-        return None
-    return jax.vmap(lambda key: jax.random.randint(key, (k,), 0, patches))(keys)
 
 
 def select_tokens(features: Features, select: str, indices: Array | None = None) -> Array:
@@ -158,8 +150,11 @@ class Objective(StableDiffusionObjective):
         n = count or self.options.draws
         per_draw = jax.vmap(lambda key: jax.random.split(key, n), out_axes=1)(keys)  # [N, B]
         timesteps, noise, token_keys = jax.vmap(jax.vmap(one))(per_draw)
-        indices = jax.vmap(lambda k: draw_token_indices(k, self.spec.select, self.spec.patches))(token_keys)
-        return DivaDraws(timesteps, noise, indices)
+        kind, k = parse_select(self.spec.select)
+        if kind != "random":
+            return DivaDraws(timesteps, noise, None)
+        patches = jax.vmap(jax.vmap(lambda key: jax.random.randint(key, (k,), 0, self.spec.patches)))(token_keys)
+        return DivaDraws(timesteps, noise, patches)
 
     def view(self, pixels: Array) -> Array:
         """Pixels [B, S, S, 3] in [0, 1] -> the backbone's input, normalised."""

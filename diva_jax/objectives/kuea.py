@@ -137,11 +137,9 @@ class Objective(contract.Objective):
 
     def pretrained(self) -> Mapping[str, parts.Part]:
         """See `contract.Objective`; `kernel_params` have no source, `original` has that of `vision`."""
-        return {
-            "vision": parts.vision(self.spec.source, self.spec),
-            "original": parts.vision(self.spec.source, self.spec),
-            "teacher": parts.vision(self.taught_by.source, self.taught_by, "config.kuea.teacher"),
-        }
+        own = parts.vision(self.spec.source, self.spec)
+        taught_by = parts.vision(self.taught_by.source, self.taught_by, "config.kuea.teacher")
+        return {"vision": own, "original": own, "teacher": taught_by}
 
     def teacher_view(self, pixels: Array) -> Array:
         """Pixels [B, S, S, 3] in [0, 1] -> the teacher's input [B, T, T, 3]: resized where S is not T, normalised."""

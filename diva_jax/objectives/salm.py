@@ -153,8 +153,7 @@ class Objective(contract.Objective):
     def __init__(self, config, *, rngs):
         self.spec, self.options = backbones.spec_of(config), parse(SalmOptions, config.salm, "config.salm")
         self.vision = contract.vision_tower(config, self.spec, rngs)
-        dtype, held = jnp.dtype(config.dtype), jnp.dtype(config.frozen_dtype)
-        kw = dict(rngs=rngs, dtype=dtype, param_dtype=held)
+        kw = dict(rngs=rngs, dtype=jnp.dtype(config.dtype), param_dtype=jnp.dtype(config.frozen_dtype))
         self.original = backbones.build(self.spec, **kw)
         self.held, self.cached, self.taught_by = (config.dtype, config.frozen_dtype), bool(config.data.latents), None
         adapter, sizes = dataclasses.replace(self.options.adapter, visible="none"), (self.spec.width, self.spec.width)
@@ -163,7 +162,7 @@ class Objective(contract.Objective):
             self.teacher = None if self.cached else backbones.build(self.taught_by, **kw)
             adapter, sizes = self.options.adapter, (self.spec.embed_dim, self.taught_by.embed_dim)
         remat = config.remat in ("vision", "all")
-        self.adapter = Adapter(adapter, *sizes, self.spec.patches, Layers(rngs, dtype), remat)
+        self.adapter = Adapter(adapter, *sizes, self.spec.patches, Layers(rngs, jnp.dtype(config.dtype)), remat)
 
     @property
     def inputs(self) -> Mapping[str, inputs.Input]:

@@ -32,6 +32,7 @@ from diva_jax.models.backbones import Spec
 from diva_jax.models.backbones.shared.transformer import Block, Text, run
 from diva_jax.models.layers import Array, Layers, attention, heads, widened
 from diva_jax.objectives import contract
+from diva_jax.objectives.shared import pairs
 from diva_jax.weights import parts
 
 # Least squared norm of a masked embedding, so that a mask of zeros gives a cosine of 0 and a finite gradient.
@@ -94,7 +95,7 @@ def binary(logits: Array) -> Array:
 def masked_cosines(images: Array, texts: Array, masks: Array) -> Array:
     """cos(masks[j] * images[i], texts[j]): [B, D], [C, D], [C, D] -> [B, C], without an array of [B, C, D]."""
     exact = jax.lax.Precision.HIGHEST
-    texts = texts * jax.lax.rsqrt(jnp.sum(texts * texts, axis=-1, keepdims=True))
+    texts = pairs.unit(texts)
     products = jnp.matmul(images, (masks * texts).T, precision=exact)
     squares = jnp.matmul(images * images, (masks * masks).T, precision=exact)
     return products * jax.lax.rsqrt(jnp.maximum(squares, _FLOOR))

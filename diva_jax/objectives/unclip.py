@@ -117,7 +117,16 @@ class Objective(StableDiffusionObjective):
     def __init__(self, config, *, rngs):
         self.options = parse(UnclipOptions, config.unclip, "config.unclip")
         super().__init__(config, config.data.image_size)
-        self._check_fit()
+        width, kind = self.diffusion.unet.class_embed_dim, self.diffusion.scheduler.prediction_type
+        if width is None:
+            problem = "config.objective=unclip needs a U-Net that is conditioned on an image embedding"
+            raise UserError(f"{problem}: make the config with diffusion='unclip_l' or 'unclip_h'")
+        if width != 2 * self.spec.embed_dim:
+            problem = f"embeddings must have width {width // 2}, but those of the tower have {self.spec.embed_dim}"
+            raise UserError(f"{problem}: use unclip_l with OpenAI's ViT-L/14 and unclip_h with OpenCLIP's ViT-H/14")
+        if kind != "v_prediction":
+            problem = f"config.objective=unclip expects a generator of v-predictions, not of prediction_type={kind!r}"
+            raise UserError(f"{problem}: set it to v_prediction if the generator's own scheduler does")
         self.vision = contract.vision_tower(config, self.spec, rngs)
         self.build_generator(config, rngs)
         if self.options.uses_statistics:
@@ -226,16 +235,3 @@ class Objective(StableDiffusionObjective):
         by_condition = {name: losses[:, i] for i, name in enumerate(("own", "other", "text"))}
         kind = "epsilon" if self.options.target == "eps" else ""
         return by_condition | {"nats_per_loss": self.nats_per_loss(timesteps, edges, latents, kind)}
-
-    def _check_fit(self) -> None:
-        """Raises a UserError where this generator cannot be conditioned on this tower's embedding."""
-        width, kind = self.diffusion.unet.class_embed_dim, self.diffusion.scheduler.prediction_type
-        if width is None:
-            problem = "config.objective=unclip needs a U-Net that is conditioned on an image embedding"
-            raise UserError(f"{problem}: make the config with diffusion='unclip_l' or 'unclip_h'")
-        if width != 2 * self.spec.embed_dim:
-            problem = f"embeddings must have width {width // 2}, but those of the tower have {self.spec.embed_dim}"
-            raise UserError(f"{problem}: use unclip_l with OpenAI's ViT-L/14 and unclip_h with OpenCLIP's ViT-H/14")
-        if kind != "v_prediction":
-            problem = f"config.objective=unclip expects a generator of v-predictions, not of prediction_type={kind!r}"
-            raise UserError(f"{problem}: set it to v_prediction if the generator's own scheduler does")

@@ -19,7 +19,6 @@ from diva_jax.common.log import say
 from diva_jax.data import images, latent_cache, pipeline
 from diva_jax.data.inputs import Example
 from diva_jax.data.latent_cache import DTYPE, FILE, Cache, Entry, Manifest, is_complete, write_shard
-from diva_jax.data.pipeline import Decoder
 from diva_jax.training import distributed, workdirs
 from diva_jax.training.step import Program
 from diva_jax.weights import formats, origins
@@ -63,7 +62,6 @@ class Builder:
             raise UserError(f"config.objective={config.objective} has no frozen model whose outputs could be cached")
         read = {name for wanted in self.program.objective.cacheable.values() for name in wanted.reads}
         self._inputs = {name: i for name, i in self.program.objective.inputs.items() if name in read}
-        self._process = jax.process_index()
         data = config.data
         self._source = pipeline.open_records(data, self._inputs)
         self._make = {name: i.open(data) for name, i in self._inputs.items()}
@@ -76,17 +74,16 @@ class Builder:
         if there is not None and there.fingerprint != self.manifest.fingerprint:
             wrong = differences(vars(there), vars(self.manifest))
             raise UserError(f"{self._named} holds another cache: {listing(wrong, 3)}; use another folder")
-        self._decoder = Decoder(self._source, config.data, self._with_text)
+        self._decoder = pipeline.Decoder(self._source, config.data, self._with_text)
         distributed.check_same({"the fingerprint of the cache": self.manifest.fingerprint})
-
-        self.mine = range(self._process, self.manifest.shards, jax.process_count())  # The shards of this process.
+        self.mine = range(jax.process_index(), self.manifest.shards, jax.process_count())  # The shards of this process.
 
     def _prepare(self) -> list[int]:
         """Creates the folder and its manifest; returns the shards that this process has to write."""
         m, missing = self.manifest, []
         with explained(f"{self._named} cannot be written", "use a folder that you may write"):
             self.folder.mkdir(parents=True, exist_ok=True)
-            if self._process == 0:
+            if jax.process_index() == 0:
                 paths.write_whole(self.folder / FILE, m.text())
             for shard in self.mine:
                 path = self.folder / m.file(shard)

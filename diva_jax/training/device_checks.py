@@ -23,7 +23,6 @@ from diva_jax.costs import chips, hlo
 from diva_jax.data import images
 from diva_jax.models import attention, layers
 from diva_jax.models.diffusion import blocks
-from diva_jax.models.diffusion.blocks import FeedForward
 from diva_jax.training import checkpoint, compiler, distributed, partition
 from diva_jax.training.step import Program
 
@@ -114,7 +113,7 @@ def _functions(case: Case, interpret: bool) -> tuple[Callable, Callable, list[tu
 
     def modules(dtype):
         make = layers.Layers(nnx.Rngs(0), dtype, jnp.bfloat16)
-        return make.layer_norm(case.width, 1e-5), FeedForward(case.width, make)
+        return make.layer_norm(case.width, 1e-5), blocks.FeedForward(case.width, make)
 
     graph, state = nnx.split(modules(jnp.bfloat16))
     mesh = Mesh(np.asarray([jax.local_devices()[:1]]), ("data", "fsdp"))

@@ -60,9 +60,7 @@ class Lock:
 
     def __init__(self, workdir: epath.Path):
         self._workdir, self._path = workdir, workdir / "lock.json"
-        self._mine = {
-            "host": socket.gethostname(), "pid": os.getpid(), "kernel": _kernel(), "token": uuid.uuid4().hex, "beat": 0,
-        }  # fmt: skip
+        self._mine = dict(host=socket.gethostname(), pid=os.getpid(), kernel=_kernel(), token=uuid.uuid4().hex, beat=0)
         self._over, self._lost = threading.Event(), threading.Event()
         with explained(f"--workdir={workdir} cannot be written", "use a folder that you may write"):
             self._take()

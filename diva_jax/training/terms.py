@@ -103,8 +103,7 @@ def with_terms(kind: type[Objective]) -> type[Objective]:
             self.terms = _Terms(names, *sections, dtypes, cached, own["image"], spec, teacher)
             self.compares_images = self.compares_images or names != ("anchor",)
             # Frozen models have no backward pass that would recompute; on TPUs remat divides a large batch into parts.
-            dtype, held = jnp.dtype(config.dtype), jnp.dtype(config.frozen_dtype)
-            kw = dict(rngs=rngs, dtype=dtype, param_dtype=held, remat=True)
+            kw = dict(rngs=rngs, dtype=jnp.dtype(config.dtype), param_dtype=jnp.dtype(config.frozen_dtype), remat=True)
             for name in names * (not cached):
                 of = teacher if name == "relation" else spec
                 setattr(self, name, Text(of, **kw) if name == "contrast" else backbones.build(of, **kw))
