@@ -66,6 +66,10 @@ class Op(NamedTuple):
 class Computation(dict[str, Op]):
     """The operations of a computation by name, in the order of execution."""
 
+    def operands(self, op: Op) -> list[Array]:
+        """The arrays that an operation reads."""
+        return [array for name in op.operands if name in self for array in arrays(self[name].type)]
+
     @functools.cached_property
     def readers(self) -> dict[str, Op]:
         """Name of an operand -> the first operation that reads it."""
@@ -139,7 +143,7 @@ def hbm_traffic(op: Op, computation: Computation) -> int:
     if op.kind in ("copy-start", "slice-start"):
         # The type is (destination, source, context) or ((sources), destination, context). The traffic is counted once.
         return arrays(op.type)[1 if op.type.startswith("((") else 0].size
-    touched = [a for o in op.operands if o in computation for a in arrays(computation[o].type)] + arrays(op.type)
+    touched = computation.operands(op) + arrays(op.type)
     # S(1) is VMEM, other ones are on chip too.
     return sum(a.size for a in touched if not re.search(r"S\([1-9]", a.layout))
 
@@ -152,7 +156,7 @@ def collectives(module: HloModule, op: Op, computation: Computation) -> dict[str
     kind = op.kind.removesuffix("-start")
     if kind in COLLECTIVES:
         channel = _first(r"channel_id=(\d+)", op.rest)
-        operands = sum(a.size for o in op.operands if o in computation for a in arrays(computation[o].type))
+        operands = sum(a.size for a in computation.operands(op))
         results = sum(a.size for a in arrays(op.type))
         if op.kind != kind and op.type.startswith("(("):
             results -= operands  # The type of a start lists operands and results.
@@ -168,11 +172,11 @@ def collectives(module: HloModule, op: Op, computation: Computation) -> dict[str
     return found
 
 
-def _closing(text: str, start: int) -> int:
-    """The index after the bracket that closes the one at `start`."""
+def _closing(text: str) -> int:
+    """The index after the bracket that closes the one with which a text begins."""
     depth = 0
-    for i in range(start, len(text)):
-        depth += (text[i] == "(") - (text[i] == ")")
+    for i, character in enumerate(text):
+        depth += (character == "(") - (character == ")")
         if not depth:
             return i + 1
     return len(text)
@@ -180,10 +184,10 @@ def _closing(text: str, start: int) -> int:
 
 def _parse_op(text: str) -> Op:
     name, rest = text.split(" = ", 1)
-    end = _closing(rest, 0) if rest.startswith("(") else rest.index(" ")
+    end = _closing(rest) if rest.startswith("(") else rest.index(" ")
     type_, rest = rest[:end], rest[end:].lstrip()
     kind, rest = rest[: (bracket := rest.index("("))], rest[bracket:]
-    operands = re.findall(r"%([\w.\-]+)", rest[: _closing(rest, 0)])
+    operands = re.findall(r"%([\w.\-]+)", rest[: _closing(rest)])
     called = _CALLED.findall(rest)
     called += [n.strip().lstrip("%") for group in _BRANCHES.findall(rest) for n in group.split(",")]
     path, target = _first(r'op_name="([^"]*)"', rest), _first(r'custom_call_target="([^"]*)"', rest)
@@ -212,7 +216,7 @@ def parse(text: str) -> HloModule:
 
 
 def _product_flops(op: Op, computation: Computation) -> int:
-    lhs, rhs = (arrays(computation[o].type)[0].dims for o in op.operands[:2])
+    lhs, rhs = (a.dims for a in computation.operands(op)[:2])
     out = arrays(op.type)[0].dims
     if op.kind == "dot":
         summed = _first(r"lhs_contracting_dims=\{([\d,]*)\}", op.rest)
@@ -258,7 +262,7 @@ def kernel_flops(op: Op, computation: Computation, side: int = 1) -> int:
         return 0
     padded = lambda length: -(-length // side) * side  # noqa: E731
     name, number = found.group(1), int(found.group(2))
-    first, second = (arrays(computation[o].type)[0].dims for o in op.operands[:2])
+    first, second = (a.dims for a in computation.operands(op)[:2])
     if name in _FLASH:  # q, [B, H*D, N], and k, [B, H*D, M].
         (batch, channels, queries), keys, (sums, rows) = first, second[2], _FLASH[name]
         return 2 * batch * queries * keys * (channels // number) * (sums * padded(number) + rows * number)
