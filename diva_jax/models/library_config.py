@@ -62,7 +62,9 @@ class LibraryConfig(NamedTuple):
         value = self.options.get(name, default)
         if value is None and isinstance(default, float | bool):
             value = default
-        if problem := Field(default, "", rule or _SIZE if type(default) is int else rule).problem(value):
+        if rule is None and type(default) is int:
+            rule = _SIZE
+        if problem := Field(default, "", rule).problem(value):
             self.refuse(name, f"it {problem}")
         return float(value) if isinstance(default, float) else value
 

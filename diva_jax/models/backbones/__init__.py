@@ -179,14 +179,17 @@ def check(spec: Spec, where: str) -> Spec:
     """Returns a Spec whose values are possible; `where` is what it describes, such as a file or `config.backbone`."""
     fields.check(dataclasses.asdict(spec), fields.declared(Spec), where)
     architecture(spec.arch, where)
-    for prefix, tower in [("", spec), *([("text.", spec.text)] if spec.has_text else [])]:
-        needed = ("width", "mlp_dim", "heads", *(("context_length", "vocab_size") if prefix else ()))
-        if zero := [size for size in needed if not getattr(tower, size)]:
-            raise UserError(f"{where}.{prefix}{zero[0]}=0 must be at least 1")
+    towers = {"": spec}
+    if spec.has_text:
+        towers["text."] = spec.text
+        sizes = ("width", "mlp_dim", "heads", "context_length", "vocab_size")
+        if zero := [size for size in sizes if not getattr(spec.text, size)]:
+            raise UserError(f"{where}.text.{zero[0]}=0 must be at least 1")
+        if not spec.text.tokenizer:
+            raise UserError(f"{where}.text.tokenizer='' must be clip, siglip or xlm")
+    for prefix, tower in towers.items():
         if tower.width % tower.heads:
             raise UserError(f"{where}.{prefix}heads={tower.heads} must divide the width, {tower.width}")
-    if spec.has_text and not spec.text.tokenizer:
-        raise UserError(f"{where}.text.tokenizer='' must be clip, siglip or xlm")
     if spec.image_size < spec.patch_size:
         raise UserError(f"{where}.image_size={spec.image_size} must be at least patch_size, {spec.patch_size}")
     if spec.activation == "swiglu" and (spec.arch != "dinov2" or spec.has_text):

@@ -145,8 +145,11 @@ def _from_timm(model: LibraryConfig, known: Checkpoint) -> dict:
 
 def _to_timm(spec: Spec, known: Checkpoint) -> dict:
     """open_clip's model config of the vision tower, a model of `known.timm`."""
-    differing = {n: {k for k, v in fields.items() if getattr(spec, k) != v} for n, fields in known.timm.items()}
-    if (name := next((n for n, other in differing.items() if not other), None)) is None:
+    differing = {}
+    for name, fields in known.timm.items():
+        differing[name] = {field for field, value in fields.items() if getattr(spec, field) != value}
+    name = next((n for n, other in differing.items() if not other), None)
+    if name is None:
         if name := next((n for n, other in differing.items() if other == {"activation"}), None):
             problem = f"open_clip runs {name} with activation={known.timm[name]['activation']}"
             problem += f" and has no option for {spec.activation}"
