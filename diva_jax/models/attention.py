@@ -30,7 +30,9 @@ def kernel_of(n: int, m: int, width: int, batch: int, mesh) -> Callable | None:
         return None
     if n < KERNEL_FROM["self" if n == m else "cross"]:
         return None
-    return flash if allowed(f"attention {width}") else splash if min(n, m) >= SPLASH_FROM else None
+    if allowed(f"attention {width}"):
+        return flash
+    return splash if min(n, m) >= SPLASH_FROM else None
 
 
 def parts(shape: tuple[int, int, int], heads: int) -> int:

@@ -134,7 +134,8 @@ def chosen_kernels(setting: str, mesh, workdir: epath.Path | None = None) -> fro
         return frozenset()
     found: dict[str, bool] = {}
     for results in distributed.gathered(checked_kernels(mesh.abstract_device.device_kind, workdir)):
-        found = {name: ok and found.get(name, True) for name, ok in (found | results).items()}
+        for name, ok in results.items():
+            found[name] = ok and found.get(name, True)
     passed = frozenset(name for name, ok in found.items() if ok)
     if passed:
         say_once(f"kernels: this package's for {', '.join(sorted(passed))}, which passed the check of this device")
