@@ -153,8 +153,7 @@ def merge(model: nnx.Module) -> nnx.Module:
     Everything that is not adapted is shared with `model`, bit for bit; so is a model without adapters."""
     if not any(type(m) in _PLAIN for _, m in nnx.iter_modules(model)):
         return model
-    graph, state = nnx.split(model)
-    model = nnx.merge(graph, state)
+    model = nnx.clone(model)
     for layer in [m for _, m in nnx.iter_modules(model) if type(m) in _PLAIN]:
         plain, weight = _PLAIN[type(layer)]
         setattr(layer, weight, nnx.Param(layer.lora.merged(getattr(layer, weight)[...])))
