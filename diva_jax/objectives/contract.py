@@ -14,7 +14,6 @@ from diva_jax.common import fields
 from diva_jax.common.errors import UserError, listing
 from diva_jax.data import inputs, preprocess
 from diva_jax.models import adapters, backbones
-from diva_jax.models.backbones import Spec
 from diva_jax.models.diffusion.presets import LatentCode
 from diva_jax.weights.parts import Part
 
@@ -30,7 +29,7 @@ def switch(doc: str, default: str = EXACT) -> Any:
     return fields.choice((default, *{EXACT, FAITHFUL} - {default}), doc)
 
 
-def check_both_towers(spec: Spec, objective: str) -> None:
+def check_both_towers(spec: backbones.Spec, objective: str) -> None:
     """Raises a UserError where a backbone has no text tower, which the objective trains."""
     if not spec.has_text:
         problem = f"config.objective={objective} trains a text tower, but the {spec.arch} backbone has none"
@@ -71,7 +70,7 @@ def tune(config, start: int = 0) -> Stage:
     return Stage("tune", start, start + config.steps, config.optim.lr, table)
 
 
-def vision_tower(config, spec: Spec, rngs: nnx.Rngs) -> nnx.Module:
+def vision_tower(config, spec: backbones.Spec, rngs: nnx.Rngs) -> nnx.Module:
     """Returns the vision tower of an objective, held in float32, with random weights."""
     remat = config.remat in ("vision", "all")
     return backbones.build(spec, rngs=rngs, dtype=jnp.dtype(config.dtype), param_dtype=jnp.float32, remat=remat)
@@ -105,17 +104,13 @@ def _problem(found: Any) -> str:
     if taken := _OWN_METRICS & metrics.keys():
         return f"the metrics that loss returns have {listing(sorted(taken))}, which the train step adds itself"
     for name, number in {"loss": value, **{f"metrics[{n!r}]": m for n, m in metrics.items()}}.items():
-        shape, dtype = getattr(number, "shape", ()), getattr(number, "dtype", type(number))
-        if shape != () or not (isinstance(number, float | int) or jnp.issubdtype(dtype, jnp.number)):
-            return f"{name} is {_name(dtype)} {list(shape)}, and not a scalar"
-    if not jnp.issubdtype(kind := getattr(value, "dtype", type(value)), jnp.floating):
-        return f"loss is {_name(kind)}, which has no gradient"
+        shape, kind = getattr(number, "shape", ()), getattr(number, "dtype", type(number))
+        said = getattr(kind, "__name__", kind)  # Of a type its name; a dtype is written as it is.
+        if shape != () or not (isinstance(number, float | int) or jnp.issubdtype(kind, jnp.number)):
+            return f"{name} is {said} {list(shape)}, and not a scalar"
+        if name == "loss" and not jnp.issubdtype(kind, jnp.floating):
+            return f"loss is {said}, which has no gradient"
     return ""
-
-
-def _name(kind: Any) -> str:
-    """The name of a dtype or of a type."""
-    return getattr(kind, "name", None) or kind.__name__
 
 
 class Cacheable(NamedTuple):
