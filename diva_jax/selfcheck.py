@@ -23,7 +23,6 @@ from etils import epath
 from diva_jax import config as configs
 from diva_jax.common import cli, config_files, log, paths
 from diva_jax.common.errors import RunError, UserError
-from diva_jax.common.log import say
 from diva_jax.training import compiler, device_checks, distributed, partition
 from diva_jax.training.device_checks import FAILED, OK, TOY, UNKNOWN
 from diva_jax.training.step import Program
@@ -54,7 +53,7 @@ class Table:
         if distributed.any_failed(verdict == FAILED):
             verdict = FAILED
             self.failed.append(name)
-        say(f"{name:<30}{verdict:<8}{said}")
+        log.say(f"{name:<30}{verdict:<8}{said}")
         self.words.append(f"{name} {verdict} ({said})")
         return verdict, said, *more
 
@@ -80,7 +79,7 @@ def check(config, workdir: epath.Path | None, unless_kept: bool = False) -> Tabl
     if unless_kept:
         kept = file.exists() and names <= compiler.checked_kernels(kind, workdir).keys()
         if not distributed.any_failed(not kept):
-            say(f"this device was checked before: {file}")
+            log.say(f"this device was checked before: {file}")
             return None
     table.add("machine", _about)
     if toy or not cases or setting == compiler.XLA:
@@ -95,7 +94,7 @@ def check(config, workdir: epath.Path | None, unless_kept: bool = False) -> Tabl
         verdict, *_ = table.add(name, lambda case=case: device_checks.check_kernel(case, toy))
         found[case.name] = verdict == OK and found.get(case.name, True)
     if found.keys() == names:  # Also where the config has none, so that it is not checked at each start.
-        say(f"{'':<38}kept in {compiler.keep_checked(kind, found, workdir)}")
+        log.say(f"{'':<38}kept in {compiler.keep_checked(kind, found, workdir)}")
     table.add("collectives", lambda: device_checks.check_collectives(mesh))
     table.add("checkpoint", lambda: device_checks.check_checkpoint(mesh, workdir, config.checkpoint.timeout))
     passed = frozenset(name for name, right in found.items() if right)
@@ -130,7 +129,7 @@ def main() -> None:
         compiler.use_cache(config.compile_cache, workdir or compiler.kept())
         if (table := check(config, workdir, _UNLESS.value)) is None:
             return
-        say(f"\nfor the report of an issue: {'; '.join(table.words)}")
+        log.say(f"\nfor the report of an issue: {'; '.join(table.words)}")
         if table.failed:
             advice = "config.kernels=auto leaves out the kernels that failed, and config.kernels=xla all of them"
             raise RunError(f"{', '.join(table.failed)} failed: report the line above; {advice}")

@@ -1,6 +1,5 @@
 """Tables of names between our parameters and the tensors of PyTorch checkpoints, their layouts, and the sizes that a
-checkpoint's shapes tell.
-"""
+checkpoint's shapes tell."""
 
 import re
 from collections.abc import Iterable, Mapping

@@ -19,8 +19,6 @@ from diva_jax.common.fields import REGEX, at_least, between, choice, field, pars
 from diva_jax.data import preprocess
 from diva_jax.models import adapters, backbones
 from diva_jax.models.diffusion import flow, presets
-from diva_jax.models.diffusion.flow import FlowConfig
-from diva_jax.models.diffusion.presets import LatentCode
 from diva_jax.models.diffusion.vae import FluxVAEConfig
 from diva_jax.models.layers import Array
 from diva_jax.objectives import contract
@@ -81,7 +79,7 @@ class GenHancerOptions:
     )
     siglip_head_out: str = switch("SigLIP's head output is adapted (exact), or its bias alone trained (faithful).")
     siglip_gelu: str = switch("SigLIP's activation is config.backbone.activation (exact), or tanh's GELU (faithful).")
-    denoiser: FlowConfig = FlowConfig()
+    denoiser: flow.FlowConfig = flow.FlowConfig()
     vae: GenHancerVae = GenHancerVae()
     lora: GenHancerLora = GenHancerLora(dropout=0.1, biases=True)
 
@@ -113,8 +111,9 @@ def _lora(config: ConfigDict) -> adapters.Lora:
 
 def stages(config: ConfigDict) -> tuple[contract.Stage, ...]:
     """Stage 1 for stage1_steps, then stage 2 for config.steps; `config.trainable` replaces stage 2's table if given."""
-    o, rest, out = parse(GenHancerOptions, config.genhancer, "config.genhancer"), ((".*", 0.0),), []
-    end, warm = o.stage1_steps, 0 if o.warmup == FAITHFUL else None
+    o = parse(GenHancerOptions, config.genhancer, "config.genhancer")
+    rest, out, end = ((".*", 0.0),), [], o.stage1_steps
+    warm = 0 if o.warmup == FAITHFUL else None
     if end:
         out.append(contract.Stage("stage1", 0, end, o.stage1_lr, (*_GENERATOR, *rest), warmup_steps=warm))
     if o.stage2 != NONE:
@@ -138,7 +137,7 @@ def validate(config: ConfigDict) -> None:
         raise UserError(f"{problem}: use {round(size / unit) * unit}")
 
 
-def _vae(section: GenHancerVae) -> LatentCode:
+def _vae(section: GenHancerVae) -> presets.LatentCode:
     if not section.code:
         return FluxVAEConfig(**{f.name: getattr(section, f.name) for f in dataclasses.fields(FluxVAEConfig)})
     kind = presets.find_code(section.code, "config.genhancer.vae.code")

@@ -77,8 +77,9 @@ def stages(config: ConfigDict) -> tuple[contract.Stage, ...]:
     steps of warm-up (warmup * steps, rounded up): peak * (s + 1) / W before step W, then as `config.optim.schedule`
     says, of which the cosine is 0 at the last step."""
     options, stage = parse(KueaOptions, config.kuea, "config.kuea"), contract.tune(config)
-    warm = math.ceil(config.optim.warmup * stage.steps - 1e-6)
-    warm = min(warm if config.optim.warmup_steps < 0 else config.optim.warmup_steps, stage.steps - 1)
+    warm = config.optim.warmup_steps
+    if warm < 0:
+        warm = math.ceil(config.optim.warmup * stage.steps - 1e-6)
 
     def rate(step: Array, pace: contract.Pace) -> Array:
         up = pace.peak * (step + 1) / jnp.maximum(pace.warm, 1)

@@ -28,7 +28,6 @@ from ml_collections import ConfigDict
 from diva_jax.common.fields import field, parse
 from diva_jax.data import inputs, preprocess
 from diva_jax.models import backbones
-from diva_jax.models.backbones import Spec
 from diva_jax.models.backbones.shared.transformer import Block, Text, run
 from diva_jax.models.layers import Array, Layers, attention, heads, widened
 from diva_jax.objectives import contract
@@ -68,7 +67,7 @@ class MaskNet(nnx.Module):
     is one of the text tower's kind without its causal mask, and with a norm before it. A learned query attends to its
     normalised output, with the heads of the tower. Positions after the end of the text take part."""
 
-    def __init__(self, spec: Spec, *, rngs: nnx.Rngs, dtype=jnp.float32, remat: bool = False):
+    def __init__(self, spec: backbones.Spec, *, rngs: nnx.Rngs, dtype=jnp.float32, remat: bool = False):
         make, text = Layers(rngs, dtype), spec.text
         width, eps = text.width, text.norm_eps
         self.dtype, self.remat, self.heads = dtype, remat, text.heads

@@ -15,7 +15,6 @@ from jax.sharding import Mesh
 from diva_jax.common import log, paths
 from diva_jax.common.errors import RunError, UserError, explained, listing
 from diva_jax.common.fields import differences
-from diva_jax.common.log import say
 from diva_jax.data import images, latent_cache, pipeline
 from diva_jax.data.inputs import Example
 from diva_jax.data.latent_cache import DTYPE, FILE, Cache, Entry, Manifest, is_complete, write_shard
@@ -165,7 +164,7 @@ class Builder:
         the same one for all processes; a RunError where too many images are broken, or a shard cannot be written."""
         m, missing = self.manifest, self._prepare()
         size = sum(map(m.shard_bytes, range(m.shards))) / 2**30
-        say(
+        log.say(
             f"{m.records:,} images x {m.crops} crops in {m.shards} shards, {size:.3g} GiB, in {self.folder}; "
             f"{len(missing)} of this process's {len(self.mine)} shards are to be made"
         )
@@ -184,4 +183,4 @@ class Builder:
         self._progress.close()
         distributed.check_same({"the cache": m.fingerprint})  # All processes are done.
         broken = f"; {self._decoder.count} broken images have none" if self._decoder.count else ""
-        say(f"done{broken}; train with --config.data.latents={self.folder}")
+        log.say(f"done{broken}; train with --config.data.latents={self.folder}")

@@ -103,10 +103,9 @@ class Lock:
 
     def _is_mine(self) -> bool:
         """Whether no other run has put its token there; a file that cannot be read now says nothing."""
-        try:
+        owner = None
+        with contextlib.suppress(UserError, RunError):
             owner = _owner(self._path)
-        except (UserError, RunError):
-            owner = None
         if owner and owner.get("token") != self._mine["token"]:
             self._lost.set()
         return not self._lost.is_set()

@@ -19,7 +19,6 @@ from diva_jax.costs import chips
 from diva_jax.data import pipeline
 from diva_jax.evals import evaluator, results
 from diva_jax.training import cache_builder, checkpoint, compiler, distributed, lock, metrics, partition, workdirs
-from diva_jax.training.distributed import Preemption
 from diva_jax.training.step import Program, Steps, averaged, train_steps
 
 _MANY_EPOCHS = 5.0  # The published runs see each image about once.
@@ -205,7 +204,7 @@ class Run:
             about = self.writer, self.step, self.total, c.log.every, c.batch_size
             self.progress = opened(metrics.Progress(*about, lambda step: mfu.get(self.program.stage_at(step - 1))))
             self.checkpoints = opened(checkpoint.Checkpoints(self.workdir, c.checkpoint.keep, c.checkpoint.timeout))
-            self.profile, self.preempted = opened(Profile(c.profile, self.workdir)), opened(Preemption())
+            self.profile, self.preempted = opened(Profile(c.profile, self.workdir)), opened(distributed.Preemption())
             try:
                 with distributed.watched(lambda: self.step):
                     self._train()

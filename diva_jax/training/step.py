@@ -22,7 +22,6 @@ from diva_jax import objectives
 from diva_jax.common import log
 from diva_jax.common.errors import UserError, listing
 from diva_jax.common.fields import REGEX, Rule, above, below, between, choice, field
-from diva_jax.common.log import say
 from diva_jax.costs import chips
 from diva_jax.models import backbones, layers, platform
 from diva_jax.training import compiler, partition, terms
@@ -70,7 +69,9 @@ def learning_rate(stage: objectives.Stage, numbers: objectives.Pace) -> optax.Sc
     def rate(count):
         up = numbers.peak * count / jnp.maximum(numbers.warm, 1)
         past = jnp.clip((count - numbers.warm) / (numbers.steps - numbers.warm), 0, 1)
-        down = numbers.peak * (0.5 * (1 + jnp.cos(jnp.pi * past))) if stage.schedule != "constant" else numbers.peak
+        down = numbers.peak
+        if stage.schedule != "constant":
+            down = down * (0.5 * (1 + jnp.cos(jnp.pi * past)))
         return jnp.where(count < numbers.warm, up, down)
 
     return rate
@@ -140,12 +141,14 @@ def train_step(
     def loss_fn(trained, batch, keys):
         return skeleton.merge(trained, idle, frozen).loss(batch, keys, *progress)
 
+    gradient = jax.grad(loss_fn, has_aux=True)
+
     def micro(total, x):
-        (_, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(trained, *x)
+        grads, metrics = gradient(trained, *x)
         return jax.tree.map(jnp.add, total, grads), metrics
 
     if accum == 1:  # A single pass needs no loop.
-        (_, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(trained, dict(batch), keys)
+        grads, metrics = gradient(trained, dict(batch), keys)
     else:
         xs = jax.tree.map(lambda x: platform.split(x, accum), (dict(batch), keys))
         grads, metrics = jax.lax.scan(micro, jax.tree.map(jnp.zeros_like, trained), xs)
@@ -342,7 +345,7 @@ class Steps:
         if index not in self._compiled:
             arrays, active, stage = self.program.arrays, self.program.active(index), self.program.stages[index]
             count, where = sum(arrays[n].size for n in active), dict.fromkeys(n.split("/")[0] for n in active)
-            say(
+            log.say(
                 f"{partition.summary(arrays, active)}\n"
                 f"stage {stage.name}: steps {stage.start} to {stage.end}, peak learning rate {stage.lr:g}, trains "
                 f"{count:,} parameters of {', '.join(where)}" + ("" if self._saved else "; compiling")
@@ -354,7 +357,7 @@ class Steps:
                 ready = compiler.load_executable(self._saved, index, lowered, self.program) if self._saved else None
                 program = ready or compiler.compiled(lowered)
             self._compiled[index] = program, step.pace
-            say(f"{'ready' if ready else 'compiled'} in {time.perf_counter() - began:.0f} s")
+            log.say(f"{'ready' if ready else 'compiled'} in {time.perf_counter() - began:.0f} s")
             self._on_compiled(time.perf_counter() - began)
         program, pace = self._compiled[index]
         return program(state, frozen, batch, pace)

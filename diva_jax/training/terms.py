@@ -16,8 +16,7 @@ from diva_jax.data import inputs, preprocess
 from diva_jax.models import backbones
 from diva_jax.models.backbones.shared.transformer import Text
 from diva_jax.models.layers import widened
-from diva_jax.objectives import Objective
-from diva_jax.objectives.contract import Cacheable
+from diva_jax.objectives.contract import Cacheable, Objective
 from diva_jax.objectives.shared import pairs
 from diva_jax.weights import parts
 

@@ -62,10 +62,13 @@ def initial_arrays(
         digests = {prefix: hashes.submit(formats.fingerprint, o.tensors.files) for prefix, o in opened.items()}
         for prefix in needed:
             depth = prefix.count("/") + 1
-            places = {n: program.skeleton.variables[n][0] for n in mine[prefix]}
-            named = {path[depth:] or path: n for n, path in places.items()}
-            variables = {p: program.skeleton.variables[n][1].replace(program.arrays[n]) for p, n in named.items()}
-            state = opened[prefix].fill(nnx.from_flat_state(variables), {p for p, n in named.items() if n in wanted})
+            named, variables = {}, {}  # Of each path within the part.
+            for name in mine[prefix]:
+                path, variable = program.skeleton.variables[name]
+                path = path[depth:] or path
+                named[path], variables[path] = name, variable.replace(program.arrays[name])
+            only = {path for path, name in named.items() if name in wanted}
+            state = opened[prefix].fill(nnx.from_flat_state(variables), only)
             arrays |= {named[path]: var.get_value() for path, var in nnx.to_flat_state(state)}
         if fresh := [n for n in program.arrays if n not in owner and n in wanted]:
             # The compiler removes the computation of all others.
