@@ -89,8 +89,6 @@ def all_reduce_seconds(size: float, chip: Chip, shape: tuple[int, ...]) -> float
 
 
 _SCOPE = re.compile(r"(?:\w+\()*([\w-]+)\)*")  # With the transformations around it: transpose(jvp(unet)).
-# The scope of what the backward pass computes a second time, by `jax.checkpoint`.
-_AGAIN = "rematted_computation"
 
 
 def flops_by_part(jaxpr: Jaxpr, times: int = 1, part: str = "") -> collections.Counter[str]:
@@ -101,7 +99,7 @@ def flops_by_part(jaxpr: Jaxpr, times: int = 1, part: str = "") -> collections.C
     total = collections.Counter()
     for e in dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0].eqns:
         names = [m[1] for scope in str(e.source_info.name_stack).split("/") if (m := _SCOPE.fullmatch(scope))]
-        if _AGAIN in names:
+        if "rematted_computation" in names:  # Of `jax.checkpoint`, what the backward pass computes a second time.
             continue
         own = part or next((name for name in names if name != "checkpoint"), "")
         if e.primitive.name == "dot_general":

@@ -109,7 +109,6 @@ def check_files(folder: epath.Path) -> tuple[dict, dict]:
     return data, meta
 
 
-_UNFINISHED = ".orbax-checkpoint-tmp"  # In the names of folders of saves that have not ended.
 _LISTINGS = 20  # A reader lists again where a trainer has deleted a checkpoint meanwhile.
 _RETRY_AFTER_S = (2.0, 8.0, 30.0)  # A save that failed is tried again after each of these.
 # orbax logs pages for each failed save, and also raises its error.
@@ -331,7 +330,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         for pause in (0.0, 1.0, 1.0) if jax.process_index() == 0 else ():
             time.sleep(pause)
             with contextlib.suppress(Exception):  # A bucket may be gone.
-                for folder in _folder(self._workdir).glob(f"*{_UNFINISHED}*"):
+                for folder in _folder(self._workdir).glob("*.orbax-checkpoint-tmp*"):  # Of saves that have not ended.
                     folder.rmtree()
         last = latest_step(self._workdir)
         whole = "there is no earlier one" if last is None else f"the last whole one is of step {last}"
