@@ -134,7 +134,7 @@ def validate(config: ConfigDict) -> None:
     size, unit = config.backbone.image_size, 2 * _vae(own.vae).downscale
     if size % unit:
         problem = f"config.backbone.image_size={size} must be a multiple of {unit}, a token of the denoiser"
-        raise UserError(f"{problem}: use {round(size / unit) * unit}")
+        raise UserError(f"{problem}: use {max(1, round(size / unit)) * unit}")
 
 
 def _vae(section: GenHancerVae) -> presets.LatentCode:

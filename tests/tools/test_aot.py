@@ -129,6 +129,7 @@ def test_programs_that_do_not_fit_or_cannot_be_compiled(toy, monkeypatch):
     (11, 5, 1, [8, 11, 12]),  # Memory grows linearly with the batch,
     (11, 5, 2, None), (11, 5, 0.5, None),  # faster, and more slowly.
     (3, 0, 1, [8, 3, 4]), (1, 5, 1, [8, 4, 2, 1]), (0, 5, 1, [8, 3, 2, 1]), (300, 5, 1, [8, 256]),
+    (300, 5, 0, None),
 ])  # fmt: skip
 def test_search_finds_the_largest_batch(toy, monkeypatch, capsys, largest, weights, curve, tries):
     def pretend(config, topology):
