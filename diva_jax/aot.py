@@ -206,7 +206,8 @@ def search(config, topology: str, limit: int = 256) -> dict:
         needed.setdefault(0, row.get("memory", {}).get("arguments", 0))
         needed[size] = row["needed"]
         a, b = (low, high) if high <= most else sorted(needed)[-2:]
-        size = a + int((row["available"] - needed[a]) * (b - a) / max(needed[b] - needed[a], 1))
+        grown = needed[b] - needed[a]  # Padding may make it 0.
+        size = a + int((row["available"] - needed[a]) * (b - a) / grown) if grown else high
         size = min(max(size, low + 1), high - 1)
     return rows[low or 1]
 

@@ -232,15 +232,28 @@ def put(arrays: Mapping[str, jax.Array], mesh: Mesh, min_shard: int) -> dict[str
     return {n: jax.device_put(a, shardings[n]) for n, a in arrays.items()}
 
 
+def check(source: str, step: int | None, config) -> list[str]:
+    """A UserError where weights are missing, invalid, or of another architecture than the config's backbone; the result
+    of `origins.other_preparation` else. Source and step are those of a `Place`."""
+    wanted = backbones.spec_of(config)
+    if step is None:
+        opened = origins.open_source(source, "--weights")
+        parts.open_tower("vision", opened, wanted)
+        return origins.other_preparation(opened.spec, wanted, opened.where)
+    run, where = workdirs.RunAt.open(source, step), f"the run {source}"
+    spec = backbones.spec_of(run.config)
+    origins.check_same(vars(spec), wanted, (*origins.ARCHITECTURE, "image_size"), where, "config.backbone")
+    if "text" in run.program.towers.shapes:
+        fields = vars(spec.text).keys() - {"kept_positions"}
+        origins.check_same(vars(spec.text), wanted.text, fields, where, "config.backbone.text")
+    return origins.other_preparation(spec, wanted, where)
+
+
 def read(source: str, step: int | None, config, mesh: Mesh) -> Encoder:
-    """Loads the weights of a source onto the mesh; source and step are those of a `Place`. The config's backbone
-    must be that of the source, and has the text tower if the source has none."""
+    """Loads weights that `check` accepts onto the mesh. The config has the text tower if the source has none."""
     if step is not None:  # Parameters that the run does not train are those of its initial source.
         run = workdirs.RunAt.open(source, step)
-        spec, wanted = backbones.spec_of(run.config), backbones.spec_of(config)
-        fields = (*origins.ARCHITECTURE, "image_size")
-        origins.check_same(vars(spec), wanted, fields, f"the run {source}", "config.backbone")
-        min_shard = run.config.mesh.min_shard
+        spec, min_shard = backbones.spec_of(run.config), run.config.mesh.min_shard
         towers = {kind: put(arrays, mesh, min_shard) for kind, arrays in run.towers().items() if kind in names.TOWERS}
         return Encoder(towers["vision"], towers.get("text"), spec.source, put(run.params, mesh, min_shard), spec.source)
     vision = tower("vision", source, backbones.spec_of(config), mesh, config.mesh.min_shard)

@@ -171,6 +171,8 @@ def run(
         sources = [{"source": place.source, "step": place.step} for place in members]
         listed[label] = {"label": label} | ({"members": sources} if name else sources[0])
         labels += [label] * len(members)
+    # All weights are checked before the first are evaluated, which may take hours.
+    other = dict.fromkeys(text for place in given for text in encode.check(place.source, place.step, config))
     outcomes = []
     for (single, loaded), label in zip(encode.each(given, own, config, mesh), labels, strict=True):
         outcomes.append((label, runner.evaluate(runner.model(single, loaded))))
@@ -180,7 +182,8 @@ def run(
     for label, entry in list(listed.items())[1:]:
         if entry.get("step") is not None:
             runs.setdefault(entry["source"], []).append(label)
-    notes = seeds.best_notes(runner.tasks, outcomes, runs, choose_best, runner.settings)
+    notes = [f"{text}, which is used" for text in other]
+    notes += seeds.best_notes(runner.tasks, outcomes, runs, choose_best, runner.settings)
     took = {"seconds": round(time.perf_counter() - began, 1)}
     out = {"weights": list(listed.values()), "notes": notes, "summary": results.summaries(tasks), "tasks": tasks}
     return results.about(config, runner.options) | took | out, rows

@@ -269,6 +269,14 @@ def open_source(source: str, field: str = "--source") -> ClipSource:
 # Fields that must be the same in the config's backbone and in the weights.
 ARCHITECTURE = ("arch", "patch_size", "width", "layers", "heads", "mlp_dim", "embed_dim", "activation", "norm_eps")
 ARCHITECTURE += ("registers",)
+_PREPARATION = ("mean", "std", "interpolation", "resize_mode")  # How images are prepared: as the config says.
+
+
+def other_preparation(there: Spec | None, here: Spec, where: str, field: str = "config.backbone") -> list[str]:
+    """Each field in which the preparation of images that weights state is not that of the config's `field`, said."""
+    stated, ours = ({name: getattr(spec, name) for name in _PREPARATION} for spec in (there or here, here))
+    pairs = differing(stated, ours, whole=_PREPARATION)
+    return [f"{where} has {name}={brief(a)}, and {field} has {brief(b)}" for name, (a, b) in pairs.items()]
 
 
 def check_same(there: Mapping[str, Any], here: object, fields: Iterable[str], where: str, field: str) -> None:
@@ -281,10 +289,13 @@ def check_same(there: Mapping[str, Any], here: object, fields: Iterable[str], wh
 
 
 def check_architecture(source: ClipSource, spec: Spec, field: str = "config.backbone") -> None:
-    """A UserError lists each field, with both values, in which weights are not of the architecture of `spec`."""
+    """A UserError lists each field, with both values, in which weights are not of the architecture of `spec`. What they
+    state about the preparation of images is not followed, which is said."""
     stated = {f: getattr(source.spec, f) for f in ARCHITECTURE if f not in source.silent} if source.spec else {}
     shapes = _recognise(source.tensors).shapes(source.tensors)
     check_same(stated | shapes, spec, ARCHITECTURE, f"{source.where} ({source.kind})", field)
+    for other in other_preparation(source.spec, spec, source.where, field):
+        say_once(f"note: {other}, which is used")
 
 
 def in_open_clip_names(towers: Mapping[str, Mapping], spec: Spec) -> dict[str, np.ndarray]:

@@ -136,6 +136,8 @@ def export(
         with explained(problem, "run hf auth login, or set HF_TOKEN", Exception):  # DNS, or a token that has expired.
             HfApi().whoami()
     opened = origins.open_run(source, step) if run else origins.open_source(source)
+    if spec and (other := origins.other_preparation(opened.spec, spec, opened.where, "--config")):
+        raise UserError(f"{other[0]}: leave --config out")
     spec = spec or opened.described(source)
     if params is not None:
         towers = origins.whole_towers(params, spec)

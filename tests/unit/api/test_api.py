@@ -1,9 +1,13 @@
 """`diva_jax.load` and `diva_jax.objective`: the numbers of evaluation and training, errors of one sentence."""
 
+import dataclasses
 import importlib
 import json
+import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import jax
 import numpy as np
@@ -16,10 +20,14 @@ from PIL import Image
 from specs import EVAL_CLIP
 
 import diva_jax
-from diva_jax import api, demo
+from diva_jax import api, config, demo
 from diva_jax.data import images
+from diva_jax.evals import encode
+from diva_jax.evals.tasks import drift
+from diva_jax.training import workdirs
 from diva_jax.training.step import train_step
 from diva_jax.weights import names, parts
+from diva_jax.weights.export import publish
 
 COUNT = 5
 
@@ -113,6 +121,31 @@ def test_arguments_are_refused_with_what_is_meant(clip, tmp_path, monkeypatch, f
     monkeypatch.chdir(tmp_path)
     refused(says, getattr(api, function), **json.loads(json.dumps(given).replace("$", str(clip))))
     assert not list(tmp_path.iterdir())
+
+
+def test_weights_are_checked_before_the_first_are_evaluated(clip, tmp_path, monkeypatch):
+    """What they state about images is said where the config has another preparation."""
+    half, c = shutil.copytree(clip, tmp_path / "half"), config.default(EVAL_CLIP)
+    stated = json.loads((half / "open_clip_config.json").read_text())
+    stated["preprocess_cfg"] |= {"mean": [0.5] * 3, "interpolation": "bilinear"}
+    (half / "open_clip_config.json").write_text(json.dumps(stated))
+    c.backbone.source, c.eval.bootstrap, c.eval.drift.neighbours = str(clip), 10, 1
+    for i in range(3):
+        (tmp_path / f"{i}.png").write_bytes(encoded(patch(i)))
+    task, scored = {"drift": tmp_path}, mock.Mock(wraps=drift.Drift.evaluate)
+    monkeypatch.setattr(drift.Drift, "evaluate", lambda *args: scored(*args))
+    (tmp_path / "empty").mkdir()
+    refused("has no weights", api.evaluate, c, [clip, half, tmp_path / "empty"], task, out=tmp_path / "out")
+    assert not scored.called
+    found = api.evaluate(c, [clip, half], task, out=tmp_path / "out")
+    assert ["mean=[0.5, 0.5, 0.5]" in note for note in found["notes"] if note.startswith(str(half))] == [True, False]
+    about = "pt", "float32", publish.ExportOptions()
+    refused("mean=.*: leave --config out", publish.export, half, tmp_path / "pt", *about, run=False, spec=EVAL_CLIP)
+    text = dataclasses.replace(EVAL_CLIP.text, context_length=99)
+    stretched = config.default(dataclasses.replace(EVAL_CLIP, text=text))
+    run = SimpleNamespace(config=stretched, program=SimpleNamespace(towers=SimpleNamespace(shapes={"text": {}})))
+    monkeypatch.setattr(workdirs.RunAt, "open", lambda *_: run)
+    refused("config.backbone.text: context_length is 99 there", encode.check, "runs/a", 4, c)
 
 
 def test_other_parameters(encoder, clip, tmp_path):
