@@ -4,6 +4,7 @@ import collections
 import json
 import logging
 import threading
+import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
@@ -12,7 +13,8 @@ import numpy as np
 import pytest
 import trees
 from helpers import failed, refused
-from records import batches, encoded, noise, tags, tags_of, take, write_shards, write_tar
+from PIL import Image
+from records import batches, encoded, noise, saved, tags, tags_of, take, write_shards, write_tar
 
 from diva_jax.common.errors import RunError
 from diva_jax.data import inputs, latent_cache, pipeline, sources
@@ -145,6 +147,24 @@ def test_too_many_broken_images_stop_the_run(tmp_path, count):
     take(batches(tmp_path, max_broken_share=0.6), 30)  # A limit above its share.
     write_shards(tmp_path, 40, 10, broken={5})
     take(batches(tmp_path, max_broken_share=0.05), 60)
+
+
+@pytest.mark.parametrize("fit, most", [(2.9, 2), (0.1, 1)])
+def test_images_decoded_at_once_stay_within_their_memory(tmp_path, monkeypatch, fit, most):
+    """Of images of zeros, which are much smaller as files; one that is larger than all of it is decoded alone."""
+    trees.change(tmp_path, {f"{i}.png": saved(Image.new("RGB", (1000, 1000))) for i in range(12)})
+    decode, at_once, decoding = pipeline.images.decode, [], []
+
+    def slow(data):
+        decoding.append(data)
+        time.sleep(0.02)
+        at_once.append(len(decoding))
+        decoding.pop()
+        return decode(data)
+
+    monkeypatch.setattr(pipeline.images, "decode", slow)
+    next(batches(tmp_path, batch=12, threads=12, prefetch=1, decode_gib=fit * 8 * 1000**2 / 2**30))
+    assert max(at_once) == most and len(at_once) >= 12
 
 
 SIZES = {"tars": 12, "table": 5, "folder": 3}
