@@ -1,7 +1,4 @@
-"""Feedback: condition gap and gradient agreement by hand, for planted signals, and for any devices and batch size."""
-
-from functools import partial
-from types import SimpleNamespace
+"""Feedback: condition gap and gradient agreement by hand, and for planted signals; test_train_eval.py has devices."""
 
 import jax
 import jax.numpy as jnp
@@ -9,14 +6,9 @@ import numpy as np
 import pytest
 import small
 from eval_data import write_class_folders, write_image
-from flax import nnx
 from helpers import failed, refused
-from ml_collections import ConfigDict
 
-from diva_jax import objectives
 from diva_jax.common.fields import default_of
-from diva_jax.data import inputs
-from diva_jax.data.preprocess import to_float
 from diva_jax.evals import Settings, encode, evaluator, results
 from diva_jax.evals.tasks import feedback
 from diva_jax.models.diffusion import schedule
@@ -32,14 +24,9 @@ def folder(tmp_path_factory):
     return write_class_folders(tmp_path_factory.mktemp("feedback"), [0] * COUNT, ["."])
 
 
-def config(**fields):
-    few = dict(eval__bootstrap=400, eval__batch_size=4, eval__seed=SEED, eval__feedback__draws=3)
-    return small.small_config(**few, **fields)
-
-
-def runner(folder, devices: int = 1, c=None):
-    c = c or config()
-    return evaluator.Evaluator(c, partition.make_mesh(c.mesh, jax.devices()[:devices]), {"feedback": str(folder)})
+def runner(folder):
+    c = small.diva_config(eval__bootstrap=400, eval__batch_size=4, eval__seed=SEED, eval__feedback__draws=3)
+    return evaluator.Evaluator(c, partition.make_mesh(c.mesh, jax.devices()[:1]), {"feedback": str(folder)})
 
 
 @pytest.fixture(scope="module")
@@ -148,67 +135,18 @@ def test_a_unet_that_ignores_its_condition(one, found):
     assert len(lines) == 2 and all("\n" not in line for line in lines)
 
 
-class Attentive(objectives.Objective):
-    """An objective whose loss is zero if the condition is the mean colour of the image."""
-
-    timesteps = 1000
-
-    def __init__(self, config, *, rngs):
-        self.vision = nnx.Linear(3, 3, rngs=rngs)
-
-    @property
-    def inputs(self):
-        return {"image": inputs.Image(24)}
-
-    def condition_losses(self, batch, keys, edges):
-        own, other = (to_float(batch[k]).mean(axis=(1, 2)) for k in ("image", "other"))
-        scale = jnp.asarray(edges[1:], jnp.float32)[:, None]  # Bins differ.
-        conditions = {"own": self.vision(own), "other": self.vision(other), "text": jnp.zeros_like(own)}
-        return {k: scale * jnp.mean((c - own) ** 2, axis=-1) for k, c in conditions.items()}
-
-    def loss(self, batch, keys):
-        own = to_float(batch["image"]).mean(axis=(1, 2))
-        value = jnp.mean((self.vision(own) - 0.1 * jax.vmap(lambda key: jax.random.normal(key, (3,)))(keys)) ** 2)
-        return value, {"loss": value}
-
-
-@pytest.fixture
-def attentive(folder, monkeypatch):
-    made, module = config(trainable=(("vision/.*", 1.0),)), SimpleNamespace(Objective=Attentive, default=ConfigDict)
-    monkeypatch.setattr(objectives, "find", lambda name: module)
-    monkeypatch.setattr(partition.Towers, "check", lambda *_: None)  # Its tower is not one of a backbone.
-    return partial(runner, folder, c=made)
-
-
-LINEAR = {"vision/kernel": jnp.asarray(np.random.default_rng(3).normal(size=(3, 3)), jnp.float32)}
-LINEAR["vision/bias"] = jnp.array([0.1, -0.2, 0.3])
-
-
-def test_gradients_by_hand(attentive):
-    """Compares all pairs of the three gradients of one group, with the loss of training."""
-    run = attentive()
-    task, flat = run.tasks["feedback"], []
-    images = {"image": jnp.stack(task._pixels[:8])}
-    gradient = jax.jit(jax.grad(lambda a, keys: task.program.skeleton.merge(LINEAR, a).loss(images, keys)[0]))
+def test_gradients_by_hand(one, found):
+    """Compares all pairs of the three gradients of one group, of the loss of training."""
+    task, arrays, units = one.tasks["feedback"], arrays_of(one), []
+    images, skeleton = {"image": jnp.stack(task._pixels[:8])}, task.program.skeleton
+    gradient = jax.jit(jax.grad(lambda trained, keys: skeleton.merge(arrays, trained).loss(images, keys)[0]))
     for r in range(3):
         keys = jnp.stack([jax.random.fold_in(jax.random.fold_in(jax.random.key(SEED), 1 + r), i) for i in range(8)])
-        flat.append(np.concatenate([np.ravel(g) for g in jax.tree.leaves(gradient(LINEAR, keys))]).astype(np.float64))
-    unit = [g / np.linalg.norm(g) for g in flat]
-    cosine = np.mean([unit[a] @ unit[b] for a, b in ((0, 1), (0, 2), (1, 2))])
-    got = outcome(run, LINEAR).results["scores"]["gradient_cosine"]
-    assert got == {"score": pytest.approx(cosine, abs=2e-6), "interval": None} and cosine < 0.999999
-
-
-def test_same_numbers_on_any_devices_and_batch(attentive):
-    """test_train_eval.py has DIVA on two processes."""
-    alone, spread = (outcome(attentive(devices), LINEAR) for devices in (1, 8))
-    # Losses are squared distances of two colours, most of which cancels, with weights up to 1000. The sum of a colour's
-    # 24 x 24 pixels is rounded in float32 by 2^-25 for each.
-    distances = [np.sqrt([r["score"] for r in o.rows]) for o in (alone, spread)]
-    np.testing.assert_allclose(*distances, rtol=0, atol=24 * 24 * 2**-25 * 1000**0.5)
-    for name, s in alone.results["scores"].items():
-        want = pytest.approx(s["score"], rel=1e-3, abs=2e-6)
-        assert spread.results["scores"][name]["score"] == want, name
+        gradients = gradient({n: a for n, a in arrays.items() if n.startswith("vision/")}, keys)
+        flat = np.concatenate([np.ravel(g) for g in gradients.values()]).astype(np.float64)
+        units.append(flat / np.linalg.norm(flat))
+    cosine = np.mean([units[a] @ units[b] for a, b in ((0, 1), (0, 2), (1, 2))])
+    assert found.results["scores"]["gradient_cosine"] == {"score": pytest.approx(cosine, abs=2e-6), "interval": None}
 
 
 def test_partners_are_never_oneself():
