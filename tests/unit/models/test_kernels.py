@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import abstract_mesh, abstract_mesh as mesh, close
+from helpers import abstract_mesh as mesh, close
 from jax.sharding import PartitionSpec as P
 
 from diva_jax.models import adapters, attention, kernels as pallas, platform
@@ -64,10 +64,11 @@ def test_attention_on_cpus_equals_plain_attention(n, m, heads, width):
     """Scores are large, so that a softmax without its largest score subtracted overflows; a float32 score of up to 200
     is rounded by 2^-24 of itself, which changes its weight by 1.2e-5 of itself. The reference is in float64."""
     args = [40 * qkv(n, m, heads, width)[0], *qkv(n, m, heads, width)[1:]]
+    run = functools.partial(value_and_grads, attention.attention)
     with jax.sharding.use_abstract_mesh(mesh("cpu")):
-        ours = value_and_grads(attention.attention, *args)
+        ours = jax.jit(run)(*args)
     with jax.enable_x64(True):
-        expected = value_and_grads(attention.attention, *(np.asarray(a, np.float64) for a in args))
+        expected = jax.jit(run)(*(np.asarray(a, np.float64) for a in args))
     for x, goal in zip(ours, expected, strict=True):
         close(x, goal, 2e-5)
 
@@ -173,7 +174,7 @@ BF16 = jnp.bfloat16
     ((8, 1024, 320), jnp.float32, "TPU v5", False), ((8, 1024, 320), BF16, "cpu", False),
 ])  # fmt: skip
 def test_the_choice(shape, dtype, device, expected):
-    with jax.sharding.use_abstract_mesh(abstract_mesh(device[:3].lower(), kind=device)):
+    with jax.sharding.use_abstract_mesh(mesh(device[:3].lower(), kind=device)):
         assert blocks.use_kernel(shape, 4 * shape[2], dtype) is expected
 
 
@@ -184,7 +185,7 @@ def test_the_block_calls_the_kernel_on_tpus():
 
     def traced(allowed):
         run = functools.partial(value_and_grads, lambda x, state: blocks.feed_forward(x, *nnx.merge(graph, state)))
-        with platform.traced_on(abstract_mesh("tpu", kind="TPU v5 lite"), allowed):
+        with platform.traced_on(mesh("tpu", kind="TPU v5 lite"), allowed):
             return str(jax.make_jaxpr(run)(x, state))
 
     assert "pallas_call" not in traced({"feed-forward 320"})

@@ -17,41 +17,36 @@ from diva_jax.models.diffusion.blocks import Upsample
 from diva_jax.models.layers import Keys, Layers, convolve, geglu, gelu
 
 
-def made(kind: str, fast: bool):
-    layers = Layers(Keys(), jnp.bfloat16, jnp.bfloat16)
-    norm = layers.layer_norm(33, 1e-5) if kind == "layer" else layers.group_norm(33, 3, 1e-5)
-    assert norm.use_fast_variance
-    norm.use_fast_variance = fast
-    return norm
+def value_and_gradient(fn, x, dy):
+    """As float64 arrays, from those of the type of `x`."""
+
+    def both(x, dy):
+        y, pull = jax.vjp(fn, x)
+        return y, *pull(dy)
+
+    found = jax.jit(both)(x, dy)
+    assert {a.dtype for a in found} == {x.dtype}
+    return [np.asarray(a, np.float64) for a in found]
 
 
-def exact(kind: str, x: np.ndarray) -> np.ndarray:
+def normalised(kind: str, x):
     y, axes = (x, (-1,)) if kind == "layer" else (x.reshape(*x.shape[:-1], 3, -1), (1, 2, -1))
-    return ((y - y.mean(axes, keepdims=True)) / np.sqrt(y.var(axes, keepdims=True) + 1e-5)).reshape(x.shape)
+    return ((y - y.mean(axes, keepdims=True)) / (y.var(axes, keepdims=True) + 1e-5) ** 0.5).reshape(x.shape)
 
 
-@pytest.mark.parametrize("ratio", (0.0, 1.0, 10.0, 100.0))  # Mean by standard deviation.
+@pytest.mark.parametrize("ratio", (0.0, 10.0, 100.0))  # Mean by standard deviation.
 @pytest.mark.parametrize("kind", ["layer", "group"])
-def test_the_rounding_of_the_input_has_a_larger_effect_than_a_variance_in_one_pass(kind, ratio):
-    """Errors, of values and of their mean size, relative to the norm of the input before it was rounded."""
-    rng = np.random.default_rng(int(ratio))
-    x = rng.normal(size=(2, 9, 7, 33)) + ratio * rng.choice([-1, 1], size=(2, 1, 1, 1))
-    given, want, errors = jnp.asarray(x, jnp.bfloat16), exact(kind, x), {}
-    for fast in (True, False):
-        y = np.asarray(jax.jit(made(kind, fast))(given), np.float64)
-        errors[fast] = np.linalg.norm(y - want) / np.linalg.norm(want)
-    assert errors[True] <= 1.02 * errors[False] + 1e-4
-
-
-@pytest.mark.parametrize("kind", ["layer", "group"])
-def test_gradients_of_norms(kind):
-    """To the input, against the one of a variance in two passes; finite where the input is constant."""
-    rng = np.random.default_rng(1)
-    x, dy = (jnp.asarray(rng.normal(size=(2, 9, 7, 33)) + 3, jnp.bfloat16) for _ in range(2))
-    norms, constant = [made(kind, fast) for fast in (True, False)], jnp.full_like(x, 777.0)
-    close(*(np.asarray(jax.jit(jax.vjp(norm, x)[1])(dy)[0], np.float64) for norm in norms), 2e-3)
-    y, pull = jax.vjp(norms[0], constant)
-    assert np.all(np.isfinite(y)) and np.all(np.isfinite(pull(dy)[0]))
+def test_norms_are_the_formula(kind, ratio):
+    """Rounded once, forward and backward, whatever the mean; finite where the input is constant."""
+    rng, layers = np.random.default_rng(int(ratio)), Layers(Keys(), jnp.bfloat16, jnp.bfloat16)
+    norm = layers.layer_norm(33, 1e-5) if kind == "layer" else layers.group_norm(33, 3, 1e-5)
+    x, dy = (jnp.asarray(rng.normal(size=(2, 9, 7, 33)) + mean, jnp.bfloat16) for mean in (ratio, 0))
+    found = value_and_gradient(norm, x, dy)
+    with jax.enable_x64(True):
+        wanted = value_and_gradient(functools.partial(normalised, kind), *(np.asarray(a, np.float64) for a in (x, dy)))
+    for ours, want in zip(found, wanted, strict=True):
+        close(ours, want, 4e-3)
+    assert np.isfinite(value_and_gradient(norm, jnp.full_like(x, 777.0), dy)).all()
 
 
 plain_gelu = functools.partial(jax.nn.gelu, approximate=False)
@@ -60,14 +55,6 @@ plain_gelu = functools.partial(jax.nn.gelu, approximate=False)
 def plain_geglu(x):
     value, gate = jnp.split(x, 2, -1)
     return value * plain_gelu(gate)
-
-
-def value_and_gradient(fn, x, dy):
-    """As float64 arrays, from those of the type of `x`."""
-    y, pull = jax.vjp(fn, x)
-    found = y, *pull(dy)
-    assert {a.dtype for a in found} == {x.dtype}
-    return [np.asarray(a, np.float64) for a in found]
 
 
 def generated(seed, width):
