@@ -9,6 +9,7 @@ import types
 import commands
 import numpy as np
 import torch_setup  # noqa: F401
+from helpers import rows
 from PIL import Image
 from places import ROOT
 
@@ -37,11 +38,11 @@ def test_the_notebook_loads_encodes_trains_and_shows_the_report(home, monkeypatc
     log.keep_in(None)
     assert scope["images"].shape == (24, 48) and scope["texts"].shape == (2, 48)
     np.testing.assert_allclose(np.linalg.norm(scope["images"], axis=1), 1, atol=1e-5)
-    rows = [json.loads(line) for line in (home / "runs/tiny/metrics.jsonl").read_text().splitlines()]
-    assert [r["step"] for r in rows] == [1, 2, 3, 4, 5, 6]
+    found = rows(home / "runs/tiny")
+    assert [r["step"] for r in found] == [1, 2, 3, 4, 5, 6]
     # The time of the compilation is in none of the rows; a session's clock only goes up.
-    assert max(r["images_per_s"] for r in rows) < 20 * min(r["images_per_s"] for r in rows)
-    assert sorted(r["seconds"] for r in rows) == [r["seconds"] for r in rows]
+    assert max(r["images_per_s"] for r in found) < 20 * min(r["images_per_s"] for r in found)
+    assert sorted(r["seconds"] for r in found) == [r["seconds"] for r in found]
     assert 0.1 < scope["results"]["tasks"]["drift"]["comparisons"][0]["scores"]["cosine"]["score"] < 0.9999
     ((page, *_),) = shown
     html = (home / page).read_text()

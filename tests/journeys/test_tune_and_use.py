@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 from eval_data import encoded, patch, write_task_data
+from helpers import rows
 
 import diva_jax
 from diva_jax.evals.results import COLUMNS
@@ -104,8 +105,8 @@ def ours(home, exported):
 
 def test_training_says_what_to_do_next_and_is_done_once(home, tuned):
     assert "done: 3 steps; export with python -m diva_jax.export_torch --workdir=runs/tuned" in tuned
-    rows = [json.loads(line) for line in (home / "runs/tuned/metrics.jsonl").read_text().splitlines()]
-    assert rows[-1]["step"] == 3 and all(np.isfinite(r["loss"]) for r in rows if "loss" in r)
+    found = rows(home / "runs/tuned")
+    assert found[-1]["step"] == 3 and all(np.isfinite(r["loss"]) for r in found if "loss" in r)
 
 
 def test_every_task_is_scored_and_compared(home, evaluated):
@@ -161,9 +162,9 @@ def test_cards_have_the_scores_and_the_origin_and_nothing_is_written_twice(home,
 
 def predictions(home, folder: str, weights: str) -> list[dict]:
     with open(home / folder / "predictions.csv", newline="") as f:
-        rows = csv.DictReader(f)
-        assert tuple(rows.fieldnames[: len(COLUMNS)]) == COLUMNS
-        found = [row for row in rows if row["weights"] == weights and row["task"] not in ("feedback", "drift")]
+        table = csv.DictReader(f)
+        assert tuple(table.fieldnames[: len(COLUMNS)]) == COLUMNS
+        found = [row for row in table if row["weights"] == weights and row["task"] not in ("feedback", "drift")]
         return [{column: row[column] for column in COLUMNS} for row in found]
 
 

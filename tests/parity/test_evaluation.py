@@ -195,7 +195,7 @@ def workdir(tmp_path_factory, exported):
 
 
 def trained_run(folder, base, seed: int):
-    c = small.small_config(trainable=(("vision/blocks/1/.*", 1.0), ("visual_proj/.*", 1.0), (".*", 0.0)), seed=seed)
+    c = small.diva_config(trainable=(("vision/blocks/1/.*", 1.0), ("visual_proj/.*", 1.0), (".*", 0.0)), seed=seed)
     c.backbone = eval_config(CLIP, base).backbone
     workdirs.write_config(folder, c)
     program = small.program(c)

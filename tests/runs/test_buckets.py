@@ -1,7 +1,6 @@
 """Runs with data and workdir in a bucket, on an emulator of Google Cloud Storage, through gcsfs and tensorstore."""
 
 import contextlib
-import json
 import random
 import re
 import threading
@@ -20,7 +19,7 @@ import numpy as np
 import pytest
 from etils import epath
 from gcp_storage_emulator.exceptions import NotFound
-from helpers import failed, refused
+from helpers import failed, refused, rows
 from jax.sharding import NamedSharding, PartitionSpec as P
 from processes import ROTATIONS, STEPS, finish, start_all
 
@@ -94,8 +93,7 @@ def test_two_processes_with_data_and_workdir_in_a_bucket(files, bucket, tmp_path
     printed = (workdir / "log.txt").read_text()
     assert 0 <= printed.find(f"saved step {saved}") < printed.find(f"resumed from the checkpoint of step {saved}")
     assert checkpoint.latest_step(workdir) == STEPS and (workdir / "done").exists()
-    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    assert [r["step"] for r in rows] == list(range(1, STEPS + 1))
+    assert [r["step"] for r in rows(workdir)] == list(range(1, STEPS + 1))
     for folder in ("tensorboard", "cache/compiled", "profile/plugins/profile"):
         assert list((workdir / folder).iterdir()), folder
     assert list((workdir / "cache").glob("tar_index_*"))

@@ -21,7 +21,7 @@ import yaml
 from commands import launch, wait_for_step
 from e2e_config import rotations
 from etils import epath
-from helpers import failed, refused
+from helpers import failed, refused, rows
 from jax.experimental.compilation_cache import compilation_cache
 from places import ROOT
 from processes import FIELDS, ROTATIONS, STEPS, finish, free_address, record, start, start_all
@@ -51,9 +51,8 @@ def seen(workdir) -> dict[tuple[int, int], int]:
 
 
 def losses(workdir) -> list[float]:
-    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    assert [r["step"] for r in rows] == list(range(1, STEPS + 1))
-    return [r["loss"] for r in rows]
+    assert [r["step"] for r in rows(workdir)] == list(range(1, STEPS + 1))
+    return [r["loss"] for r in rows(workdir)]
 
 
 def test_one_run_over_two_four_and_one_processes(files, tmp_path):
@@ -253,7 +252,7 @@ def test_where_compiled_programs_are_kept(tmp_path, monkeypatch, cache_settings)
 def test_a_workdir_that_the_machines_do_not_share(tmp_path, monkeypatch):
     """Process 0 has written config.json to its own folder; this process does not see it."""
     monkeypatch.setattr(workdirs, "_VISIBLE_WITHIN_S", 0.0)
-    config = small.small_config()
+    config = small.diva_config()
     workdirs.write_config(tmp_path / "first", config)
     facts = [{"config.json": workdirs.seen(tmp_path / folder / "config.json")} for folder in ("first", "second")]
     monkeypatch.setattr(distributed, "gathered", lambda _: facts)

@@ -129,11 +129,11 @@ def test_options_are_the_row_of_the_chip(monkeypatch):
 def test_the_form_of_options():
     assert compiler.parse("") == {} and compiler.parse("a=1, b=false") == {"a": "1", "b": "false"}
     for bad in ("a", "a=", "=1", "a=1,", "a=1=2", "a=1,a=2", ","):
-        refused("config.compiler_options=.*NAME=VALUE", config.validate, small.small_config(compiler_options=bad), 1)
+        refused("config.compiler_options=.*NAME=VALUE", config.validate, small.diva_config(compiler_options=bad), 1)
 
 
 def test_the_step_is_jitted_with_them(monkeypatch):
-    program, given = small.program(small.small_config(compiler_options="a=1"), 8), []
+    program, given = small.program(small.diva_config(compiler_options="a=1"), 8), []
     monkeypatch.setattr(compiler, "options", lambda setting, device: given.append((setting, device)) or {"b": "2"})
     monkeypatch.setattr(step.jax, "jit", lambda fn, **kw: kw)
     assert program.step(0).jitted["compiler_options"] == {"b": "2"}

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import small
 from e2e_config import WORLD, get_config, rotations
-from helpers import failed, refused
+from helpers import failed, refused, rows
 from places import SUPPORT
 
 from diva_jax.training import checkpoint
@@ -49,9 +49,8 @@ def test_a_run_reports_what_it_does(files, uninterrupted, monkeypatch):
     assert "stage visual_proj: steps 0 to 2" in out and "stage tune: steps 2 to 14" in out
     line = r"^step (\d+)/14  loss [\d.]+  grad [\d.e+-]+  lr [\d.e+-]+  [\d.]+ images/s  data wait \d+%  ETA \d+:\d\d$"
     assert [int(n) for n in re.findall(line, out, re.M)] == list(range(1, TOTAL + 1))
-    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    assert [r["step"] for r in rows] == list(range(1, TOTAL + 1))
-    assert {"loss", "grad_norm", "lr", "images_per_s", "data_wait", "broken_images"} <= set(rows[0])
+    assert [r["step"] for r in rows(workdir)] == list(range(1, TOTAL + 1))
+    assert {"loss", "grad_norm", "lr", "images_per_s", "data_wait", "broken_images"} <= set(rows(workdir)[0])
     monkeypatch.setenv("HOME", str(workdir.parent))
     assert checkpoint.steps(f"~/{workdir.name}") == [9, 12, 14]  # The last three, without what is frozen.
     saved = (workdir / "checkpoints/14/state/_METADATA").read_text()
@@ -64,8 +63,7 @@ def test_a_finished_run_is_extended(files, uninterrupted, tmp_path):
     out = commands.output(start(files, tmp_path / "run", "--config.steps=13"))
     assert "config.steps was 12 and is 13" in out and "step 15/15" in out
     assert checkpoint.latest_step(tmp_path / "run") == 15 and (tmp_path / "run" / "done").exists()
-    steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert steps == list(range(1, 16))
+    assert [r["step"] for r in rows(tmp_path / "run")] == list(range(1, 16))
     (done := tmp_path / "run/done").unlink()  # As where a run is killed before it could write it.
     assert "done: 15 steps" in commands.output(start(files, done.parent, "--config.steps=13")) and done.exists()
 
@@ -100,8 +98,7 @@ def test_interrupted_run_ends_bit_identical(files, uninterrupted, tmp_path, obje
     assert set(ours) == set(want) and any("adapter/" in n for n in ours) == (objective == "salm")
     for name, array in want.items():
         np.testing.assert_array_equal(ours[name], array, err_msg=f"{name}, interrupted at step {step}")
-    rows = [json.loads(line)["step"] for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    assert rows == list(range(1, TOTAL + 1))
+    assert [r["step"] for r in rows(workdir)] == list(range(1, TOTAL + 1))
 
 
 def test_not_finite_stops_with_the_step_and_keeps_the_last_checkpoint(files, tmp_path):

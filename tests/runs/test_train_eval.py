@@ -15,6 +15,7 @@ import pytest
 import small
 from e2e_config import get_config
 from eval_data import write_class_folders
+from helpers import rows
 from places import SUPPORT
 from processes import finish, start_all
 
@@ -47,14 +48,10 @@ def evaluating(files, photos):
     return config(files, eval__every=2, eval__data=tasks, eval__batch_size=8, **feedback)
 
 
-def rows(workdir: Path) -> list[dict]:
-    """Returns the rows of metrics.jsonl without the time that each was written at."""
-    lines = (workdir / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
-
-
 def evaluations(workdir: Path) -> dict[int, dict]:
-    return {r.pop("step"): r for r in rows(workdir) if "feedback/gap_other" in r}
+    """Returns the rows of evaluations by step, without the time that each was written at."""
+    found = {r.pop("step"): r for r in rows(workdir) if "feedback/gap_other" in r}
+    return {step: {k: v for k, v in r.items() if k != "seconds"} for step, r in found.items()}
 
 
 def trained(c, workdir: Path) -> dict[str, np.ndarray]:

@@ -1,7 +1,7 @@
 """Configs of the commands that tests run: `FOLDER` is DIVA's on its files; `OBJECTIVE:FOLDER` one of WORLD, on the kept
 models of the world, or one outside of the package, on the folder's files."""
 
-from small import SPEC, small_config, with_fields
+from small import SPEC, diva_config, with_fields
 
 from diva_jax import config
 from diva_jax.world import models, records
@@ -28,7 +28,7 @@ def get_config(arg: str):
         c = config.default(SPEC, objective=objective)
         c.update(dtype="float32", frozen_dtype="float32", steps=14, batch_size=8)
     else:
-        c = small_config(steps=12, batch_size=8, accum=2)
+        c = diva_config(steps=12, batch_size=8, accum=2)
         c.diffusion.source, c.condition.warmup_steps = f"{folder}/stable-diffusion", 2
     c.checkpoint.every, c.log.every, c.data.threads = 3, 1, 2
     c.log.tensorboard = False  # Its writer takes seconds to import.

@@ -1,6 +1,7 @@
-"""Refusals, errors between arrays and their bounds, abstract meshes, filled modules, random PyTorch weights."""
+"""Refusals, rows of runs, errors between arrays and their bounds, abstract meshes, filled modules, random weights."""
 
 import functools
+import json
 
 import jax
 import margins
@@ -22,6 +23,11 @@ def _raises(kind, says: str, call, *args, **kw) -> str:
 
 
 refused, failed = (functools.partial(_raises, kind) for kind in (UserError, RunError))
+
+
+def rows(workdir) -> list[dict]:
+    """The rows that a run has logged."""
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
 def relative_error(ours, reference, scale=None) -> float:

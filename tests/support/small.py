@@ -82,7 +82,7 @@ def _config(objective: str, first, sd=lambda: "sd21_base", dinov2: str = "", spe
     return with_fields(c, first | fields)
 
 
-small_config = partial(_config, "diva", _ADAMW | dict(optim__name="adamw"), diffusion)
+diva_config = partial(_config, "diva", _ADAMW | dict(optim__name="adamw"), diffusion)
 unclip_config = partial(_config, "unclip", _ADAMW, unclip_diffusion)
 dcr_config = partial(_config, "dcr", _DCR, diffusion, spec=SPEC_28)
 genhancer_config = partial(_config, "genhancer", _GENHANCER, spec=SPEC_28)

@@ -62,7 +62,7 @@ def test_stable_diffusion_and_the_whole_step():
 
 
 @pytest.mark.parametrize("make, again", [
-    (small.small_config, dict(remat="all", accum=2)),
+    (small.diva_config, dict(remat="all", accum=2)),
     (small.dcr_config, dict(remat="vision", dcr__tile=1)),
     (small.genhancer_config, dict(remat="all")),
 ], ids=['diva', 'dcr', 'genhancer'])  # fmt: skip

@@ -141,9 +141,9 @@ def test_sections_are_fields_nonsense_has_no_neighbour_and_values_must_fit():
         (["stepps", "lr"], "no field stepps, lr; did you mean steps or optim.lr?"),
     ):
         refused(says, fields.require, config.default(), wrong)
-    refused(r"config.trainable=\(\) must have rows", lambda: config.validate(small.small_config(trainable=()), 1))
-    refused("JAX_ENABLE_X64", lambda: config.validate(small.small_config(dtype="float64"), 1))
-    wrong = small.small_config(data__image_size=25)
+    refused(r"config.trainable=\(\) must have rows", lambda: config.validate(small.diva_config(trainable=()), 1))
+    refused("JAX_ENABLE_X64", lambda: config.validate(small.diva_config(dtype="float64"), 1))
+    wrong = small.diva_config(data__image_size=25)
     refused("config.data.image_size=25 must be a multiple of 2", config.validate, wrong, 1)
 
 

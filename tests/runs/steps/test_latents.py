@@ -71,7 +71,7 @@ def test_crops_and_moments_are_those_of_a_run_without(files, cache):
 SLOW = pytest.param("unclip", marks=pytest.mark.slow), pytest.param("judge", marks=pytest.mark.slow)
 
 
-@pytest.mark.parametrize("objective", ["small", "genhancer", *SLOW])
+@pytest.mark.parametrize("objective", ["diva", "genhancer", *SLOW])
 def test_the_loss_of_an_objective_is_that_of_its_own_moments(objective):
     """In float32, with moments that the cache's format holds exactly, the two losses are equal."""
     make = getattr(small, f"{objective}_config")

@@ -157,7 +157,7 @@ WHOLE = dict(timesteps=1000, levels=1000, token_indices=small.SPEC.patches, keep
 DRAWN = WHOLE | dict.fromkeys(("noise", "posterior", "embed_noise", "t"))
 
 
-@pytest.mark.parametrize("name", ["small", "unclip", "dcr", "genhancer"])
+@pytest.mark.parametrize("name", ["diva", "unclip", "dcr", "genhancer"])
 def test_draws_are_independent_and_depend_on_their_own_key_alone(name):
     """Uniform, tokens with replacement, or standard normal; test_inputs.py has DCR's jitter."""
     c, columns = getattr(small, f"{name}_config")(**{"unclip__embed_drop": 0.5} if name == "unclip" else {}), []
@@ -166,7 +166,7 @@ def test_draws_are_independent_and_depend_on_their_own_key_alone(name):
     for (path, drawn), (_, alone) in zip(whole, some, strict=True):
         if (field := jax.tree_util.keystr(path[-1:], simple=True)) in DRAWN:
             # DIVA has two draws of each image.
-            drawn, alone = (np.moveaxis(np.asarray(a), int(name == "small"), 0) for a in (drawn, alone))
+            drawn, alone = (np.moveaxis(np.asarray(a), int(name == "diva"), 0) for a in (drawn, alone))
             np.testing.assert_array_equal(drawn[7:9], alone)
             columns.append(drawn.reshape(len(keys), -1))
             x = drawn.ravel()
@@ -338,7 +338,7 @@ def test_initial_values_are_those_of_pytorch():
     """U(+-1/sqrt(fan in)) for weights and biases, DIVA's too; zero_out clears modulations and the output alone."""
     sizes = dict(width=36, heads=3, axes=(4, 2, 6), in_channels=12, vector_dim=20, text_dim=28)
     _, arrays = partition.disassemble(flow.Flow(flow.FlowConfig(**sizes), rngs=Keys(1)))
-    of_diva = jax.jit(lambda: partition.disassemble(small.program(small.small_config()).init_module().visual_proj)[1])
+    of_diva = jax.jit(lambda: partition.disassemble(small.program(small.diva_config()).init_module().visual_proj)[1])
     arrays |= {f"visual_proj/{n}": a for n, a in of_diva().items()}
     for name, array in arrays.items():
         if name.endswith("scale"):

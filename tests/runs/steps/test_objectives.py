@@ -34,7 +34,7 @@ def config_of(name: str, fields):
     if isinstance(fields, tuple):
         return config.default(*fields, objective=name)
     fields = {n: tupled(v) for n, v in fields.items()}
-    return small.with_fields(getattr(small, f"{'small' if name == 'diva' else name}_config")().unlock(), fields)
+    return small.with_fields(getattr(small, f"{name}_config")().unlock(), fields)
 
 
 @pytest.mark.parametrize("name", DEVICES)
@@ -112,7 +112,7 @@ def test_what_does_not_fit_is_one_sentence(name, fields, says):
 
 @pytest.mark.parametrize("fields, exact", [({}, True), ({"remat": "all"}, True), ({"dtype": "bfloat16"}, False)])
 def test_remat_and_precision_reach_the_loss(fields, exact):
-    p = small.program(small.small_config(**fields))
+    p = small.program(small.diva_config(**fields))
     batch = {n: a for n, a in p.abstract_batch().items() if n != "row"}
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 8))
     with jax.default_matmul_precision(None), p.tracing():

@@ -35,8 +35,9 @@ def test_anchor_by_hand():
     arrays, keys, s = small.random_arrays(p), jax.random.split(jax.random.key(1), 4), small.SPEC
     batch = {"image": np.random.default_rng(2).integers(0, 256, (4, 24, 24, 3)).astype(np.uint8)}
     module = p.skeleton.merge(arrays)
-    value, metrics = module.loss(batch, keys)
-    base, _ = plain.skeleton.merge({n: arrays[n] for n in plain.arrays}).loss(batch, keys)
+    value, metrics = jax.jit(lambda arrays: p.skeleton.merge(arrays).loss(batch, keys))(arrays)
+    without = {n: arrays[n] for n in plain.arrays}
+    base, _ = jax.jit(lambda arrays: plain.skeleton.merge(arrays).loss(batch, keys))(without)
     view = preprocess.resize(preprocess.to_float(batch["image"]), s.image_size, "cubic", antialias=True)
     view = preprocess.normalise(view, s.mean, s.std)
     moved = np.asarray(module.vision.encode(view).pooled) - np.asarray(module.anchor.encode(view).pooled)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import small
-from helpers import failed, refused
+from helpers import failed, refused, rows
 
 from diva_jax import config, objectives
 from diva_jax.common import log
@@ -47,7 +47,7 @@ def test_a_mesh_covers_all_devices_or_is_refused():
 
 
 def test_optimizer_state_lies_as_its_parameters_and_bytes_per_device_fall():
-    p, split = small.program(small.small_config(mesh__fsdp=8, mesh__min_shard=64), 8), 0
+    p, split = small.program(small.diva_config(mesh__fsdp=8, mesh__min_shard=64), 8), 0
     for path, leaf in jax.tree_util.tree_leaves_with_path(p.abstract_state(0)["opt"]):
         key = getattr(path[-1], "key", None)
         if leaf.ndim and key in p.shardings:
@@ -116,7 +116,7 @@ def test_weight_decay_spares_biases_norms_and_those_named(name, every):
 
 
 def of_steps(**fields):
-    return small.small_config(**{"steps": 10, "condition__warmup_steps": 3} | fields)
+    return small.diva_config(**{"steps": 10, "condition__warmup_steps": 3} | fields)
 
 
 def test_more_steps_and_nothing_else_extend_a_run(tmp_path, monkeypatch):
@@ -146,10 +146,6 @@ def test_what_becomes_of_the_learning_rate():
 
 def values(loss, grad=1.0):
     return {"loss": np.float32(loss), "grad_norm": np.float32(grad), "lr": np.float32(0.1)}
-
-
-def rows(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_rows_are_means_over_their_window(tmp_path, capsys):
