@@ -67,7 +67,7 @@ class TorchDiva:
 
 @pytest.mark.parametrize("optimizer, mode", [("sgd", "faithful"), ("adamw", "exact")])
 def test_ten_steps_of_diva(optimizer, mode):
-    c = small.small_config(batch_size=10, accum=5, steps=14, optim__name=optimizer, optim__warmup=0.15)
+    c = small.diva_config(batch_size=10, accum=5, steps=14, optim__name=optimizer, optim__warmup=0.15)
     # As AdamW divides by the gradient's own size, a tiny gradient's rounding would show through an eps of 1e-8.
     c.optim.update(eps=1e-4, clip=0.1, lr=1e-2, weight_decay=0.1)
     if mode == "faithful":
@@ -264,6 +264,7 @@ def structure(x, taught):
 def test_salm(teacher, visible):
     c = small.salm_config(batch_size=SALM_BATCH, steps=TOTAL, salm__adapter__visible=visible, ema__decay=DECAY)
     c.salm.update(teacher=teacher, layer=1, preserve_weight=PRESERVE, uniformity_weight=UNIFORM, mask=0.6)
+    c.salm.curriculum = teacher == "frozen"
     c.optim.update(lr=2e-3, warmup=0.15, weight_decay=0.5, eps=1e-2, decay_all=True, clip=1e9)
     p, arrays = random_program(c)
     spec, teacher_spec, frozen_teacher = backbones.spec_of(c), backbones.spec_of(c, "teacher"), teacher == "frozen"
@@ -285,7 +286,7 @@ def test_salm(teacher, visible):
         uniformity = (-2 * torch.pdist(normalize(pooled, dim=-1)).square()).exp()
         f, f0 = (torch.cat([a[:, None], b], 1) for a, b in ((pooled, tokens), (pooled0, tokens0)))
         want = {"preserve": ((f - f0) ** 2).mean(), "uniformity": uniformity.mean().log()}
-        beta = min(max((i / TOTAL - 0.25) / 0.5, 0), 1)
+        beta = min(max((i / TOTAL - 0.25) / 0.5, 0), 1) if frozen_teacher else 1  # There it has no curriculum.
         gamma = 1 - 0.9 * beta
         loss = PRESERVE * want["preserve"] + UNIFORM * want["uniformity"]
         if frozen_teacher:

@@ -10,7 +10,6 @@ import shutil
 from pathlib import Path
 from xml.etree import ElementTree
 
-import commands
 import numpy as np
 import pytest
 import report_samples as samples
@@ -178,13 +177,6 @@ def test_bad_input(tmp_path, name, content, says):
         (folder / name).write_text(content, encoding="utf-8", errors="surrogatepass")
     refused(says, report.write, folder)
     assert not (folder / "report.html").exists()
-
-
-def test_command(tmp_path):
-    samples.write_run(tmp_path / "run", rows=30)
-    assert "report.html and" in commands.succeed("report", tmp_path / "run")
-    for args in ((str(tmp_path / "gone"),), (), (str(tmp_path / "run"), "more")):
-        commands.refused("report", *args)
 
 
 def test_strips_of_a_segmentation_and_how_many_flips_are_shown(tmp_path):

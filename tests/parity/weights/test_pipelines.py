@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import small
+import specs
 import torch
 import transformers
 from eval_data import patch
@@ -15,15 +16,7 @@ from flax import nnx
 from helpers import close, refused
 from PIL import Image
 from places import TESTS
-from specs import (
-    CLIP_FOLDER as CLIP,
-    DINOV2,
-    DINOV2_REG,
-    DINOV2_SWIGLU,
-    METACLIP2_FOLDER,
-    SIGLIP2_FOLDER,
-    SIGLIP_FOLDER,
-)
+from specs import CLIP_FOLDER as CLIP, METACLIP2_FOLDER, SIGLIP2_FOLDER, SIGLIP_FOLDER
 from torch_models import transformers_folder, written_by_open_clip
 
 import diva_jax
@@ -41,7 +34,8 @@ _ENDS = np.array([[0, 7, 98, 2, 1, 1, 1, 1, 1, 1, 1], [0, 95, 2, 2, 1, 1, 1, 1, 
 # Kind -> (its Spec, the image processor of transformers, token ids).
 MODELS = dict(clip=(CLIP, "CLIP", _TEXTS), metaclip2=(METACLIP2_FOLDER, "CLIP", _ENDS))
 MODELS |= dict(siglip=(SIGLIP_FOLDER, "Siglip", _WORDS), siglip2=(SIGLIP2_FOLDER, "Siglip", _WORDS))
-MODELS |= dict(dinov2=(DINOV2, "Bit", None), dinov2_reg=(DINOV2_REG, "Bit", None), swiglu=(DINOV2_SWIGLU, "Bit", None))
+DINOV2S = dict(dinov2=specs.DINOV2, dinov2_reg=specs.DINOV2_REG, swiglu=specs.DINOV2_SWIGLU)
+MODELS |= {name: (spec, "Bit", None) for name, spec in DINOV2S.items()}
 
 
 def processor(kind, spec, rng, seed):

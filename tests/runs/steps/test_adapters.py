@@ -65,18 +65,6 @@ def test_fused_projections_have_an_adapter_for_each_part(fused):
     assert type(tower.blocks[0].attn.qkv) is nnx.Linear and type(merged) is nnx.Linear
 
 
-def test_merging_does_not_depend_on_the_mesh():
-    skeleton, arrays = partition.disassemble(randomised(adapted(small.SPEC, rank=4, targets=ALL), 0.3))
-    merged = jax.jit(lambda arrays: partition.disassemble(adapters.merge(skeleton.merge(arrays)))[1])
-    mesh, want = jax.make_mesh((8,), ("x",)), merged(arrays)
-
-    def split(a):
-        axes = [("x" if n % 8 == 0 and not i else None) for i, n in enumerate(a.shape)]
-        return jax.device_put(a, jax.NamedSharding(mesh, jax.P(*axes)))
-
-    jax.tree.map(np.testing.assert_array_equal, merged({n: split(a) for n, a in arrays.items()}), want)
-
-
 def test_dropout_depends_on_the_image_and_the_layer_alone():
     tower = randomised(adapted(small.SPEC, rank=3, dropout=0.5, targets=ALL), 0.3)
     x, keys = images(small.SPEC, 4), jax.random.split(jax.random.key(4), 4)

@@ -107,14 +107,6 @@ def test_ranks_among_equals_and_of_what_is_not_finite():
     np.testing.assert_array_equal(retrieval.ranks(np.eye(3), answers, right), [1, 3, 1])
 
 
-def test_tars_with_several_captions(tmp_path):
-    members = {f"s{i}.jpg": encoded(patch(i), "JPEG") for i in range(CAPTIONED)}
-    members |= {f"s{i}.txt": "\n".join(captions) for i, captions in enumerate(CAPTIONS)}
-    trees.change(tmp_path, {"test/0.tar": members, "dataset_type.txt": "retrieval\n"})
-    task = retrieval_task(tmp_path)
-    assert task.images.targets == CAPTIONS and list(task.owner[:4]) == [0, 1, 1, 2]
-
-
 NAMES = zeroshot.imagenet("classes")
 IDS = zeroshot.imagenet("wnids")
 

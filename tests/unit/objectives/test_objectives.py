@@ -15,7 +15,7 @@ from helpers import refused
 from diva_jax import config, objectives
 from diva_jax.common.errors import UserError
 from diva_jax.models.backbones import Features
-from diva_jax.objectives import Stage, diva, judge, salm, unclip
+from diva_jax.objectives import Stage, diva, judge
 from diva_jax.objectives.shared import pairs
 from diva_jax.objectives.shared.stable_diffusion import weighted_sum
 from diva_jax.training import workdirs
@@ -30,13 +30,13 @@ def stage(name, start, end):
     (stage("a", 0, 0), stage("b", 0, 6)), (stage("a", 0, 3), stage("b", 3, 2)),
 ])  # fmt: skip
 def test_stages_with_gaps_are_refused(found, monkeypatch):
-    c = small.small_config()
+    c = small.diva_config()
     monkeypatch.setattr(objectives, "find", lambda name: SimpleNamespace(stages=lambda c: found))
     refused("stages of config.objective=diva must follow one another", objectives.stages, c)
 
 
 def test_the_longest_prefix_owns_a_parameter_and_adapters_start_fresh():
-    p = small.program(small.small_config())
+    p = small.program(small.diva_config())
     part = SimpleNamespace(fresh=(r"blocks/1/.*",))
     parts = {"vision": part, "vision/blocks": SimpleNamespace(fresh=()), "visual_proj/bias": SimpleNamespace(fresh=())}
     p.objective = SimpleNamespace(pretrained=lambda: parts)
@@ -48,7 +48,7 @@ def test_the_longest_prefix_owns_a_parameter_and_adapters_start_fresh():
     assert "vision/blocks/1/norm1/scale" not in owners and owners["vision/blocks/0/norm1/scale"] == "vision"
     parts["vison"] = part
     refused(r"pretrained\(\) has 'vison', but parameters are named like", workdirs.owners, p)
-    c = small.small_config()
+    c = small.diva_config()
     with c.unlocked():
         del c.diva
     refused("config.objective=diva has no section config.diva", config.validate, c, 1)
@@ -143,8 +143,8 @@ def test_value_and_gradients_equal_the_plain_sum():
 
     params = jax.tree.map(jnp.asarray, params)
     ours, goal = (jax.value_and_grad(lambda p, f=f: value(p, f), has_aux=True) for f in (weighted_sum, plain))
-    wanted = goal(params)
-    for found in ((value(params, weighted_sum), wanted[1]), ours(params), jax.jit(ours)(params)):
+    wanted = jax.jit(goal)(params)
+    for found in ((jax.jit(lambda p: value(p, weighted_sum))(params), wanted[1]), jax.jit(ours)(params)):
         jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=1e-6), found, wanted)
     # A frozen parameter of the same function costs no gradient.
     frozen = {n: a for n, a in params.items() if n != "u"}
@@ -196,13 +196,3 @@ def test_a_shuffled_verdict_has_the_same_values_and_says_nothing():
     assert (many[:, 0, 1] == 0).all()
     mean = np.asarray(many.mean(axis=0))
     np.testing.assert_allclose(mean[present], (present / present.sum(axis=1, keepdims=True))[present], atol=0.08)
-
-
-def test_weights_of_the_four_quarters_and_noise_levels_of_embeddings():
-    for curriculum, want in ((True, [(0, 1), (0, 1), (0.5, 0.55), (1, 0.1), (1, 0.1)]), (False, [(1, 0.1)] * 5)):
-        given = SimpleNamespace(options=salm.SalmOptions(curriculum=curriculum))
-        at = [salm.Objective.weights(given, done) for done in (0.0, 0.25, 0.5, 0.75, 1.0)]
-        np.testing.assert_allclose(at, want, rtol=1e-6)
-    for noise, level in {"none": 0, "mean0": 0, "level0": 0, "level999": 999, "random": None}.items():
-        options = unclip.UnclipOptions(embed_noise=noise)
-        assert options.level == level and options.uses_statistics == (noise != "none")
