@@ -50,7 +50,7 @@ def prompt(z) -> dict[str, np.ndarray]:
 
 
 def objective(z, sd, text_context) -> dcr.Objective:
-    module = dcr.Objective(settings(z), rngs=Keys())
+    module = abstract(lambda rngs: dcr.Objective(settings(z), rngs=rngs))
     plain = abstract(lambda rngs: backbones.build(module.spec, rngs=rngs))
     module.vision = filled(plain, from_hf(take(z, "w/"), module.spec), names.table("vision", module.spec))
     adapters.adapt(module.vision, module.options.lora, Keys())

@@ -68,7 +68,8 @@ def compare(path, z, sd):
         pred, pull = jax.vjp(lambda c: as_if().denoise(latents, drawn, c), labels)
         losses = {t: lambda p, t=t: jnp.mean(as_if(target=t).errors(p, latents, drawn)) for t in ("v", "eps")}
         found = {t: jax.value_and_grad(loss)(pred) for t, loss in losses.items()}
-        return pred, {t: (loss, *pull(g)) for t, (loss, g) in found.items()}
+        slopes = jax.lax.map(lambda g: pull(g)[0], jnp.stack([g for _, g in found.values()]))  # Compiled once.
+        return pred, {t: (loss, slope) for (t, (loss, _)), slope in zip(found.items(), slopes, strict=True)}
 
     moments = jax.jit(lambda x: as_if().vae.moments(2 * x - 1))(pixels)
     mean, logvar = jnp.split(moments, 2, axis=-1)
