@@ -15,7 +15,7 @@ REFUSED, SHOWN = json.loads(Path(__file__).with_name("messages.json").read_text(
 
 @pytest.fixture(scope="module")
 def ended(home):
-    files = dict.fromkeys(("a.zip", "a.tar.gz", "photo.jpg"), "nothing") | {"t.csv": {"a": [1], "b": [2]}}
+    files = dict.fromkeys(("a.zip", "a.tar.gz", "photo.jpg"), "nothing")
     trees.change(home, files | {"broken.py": "def get_config():\n    return 1 + 'a'\n"})
     cases = {name: arguments for name, (arguments, _) in (REFUSED | SHOWN).items()}
     found = [commands.run(*(["main", *a] if a[0].startswith("--") else a), cwd=home) for a in cases.values()]
