@@ -2,8 +2,6 @@
 
 import hashlib
 import shutil
-import signal
-import time
 from unittest import mock
 
 import commands
@@ -120,26 +118,14 @@ def test_each_process_writes_its_own_shards(files, cache, tmp_path, monkeypatch)
     assert hashes(tmp_path) == hashes(cache)
 
 
-def test_a_killed_command_loses_at_most_a_shard(files, cache, tmp_path):
-    """SIGKILL after the first shard; the same command ends with the files of one that was not killed."""
-    out = tmp_path / "out"
-    line = ["cache_latents", f"--config={SUPPORT}/e2e_config.py:{files}", f"--out={out}", "--crops=2", "--per_shard=5"]
-    line += ["--batch_size=8", "--config.data.threads=1"]
-    process = commands.start(*line)
-    until = time.monotonic() + 300
-    while not (out / "00000-of-00005.array_record").exists():
-        assert time.monotonic() < until and process.poll() is None
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    there = set(out.glob("*.array_record"))
-    assert 1 <= len(there) < 5
-    before = {p.name: p.stat().st_mtime_ns for p in there}
-    cache_builder.Builder(run_config(files, steps=12), str(out), CROPS, per_shard=5, batch=1).run()
-    assert all((out / name).stat().st_mtime_ns == at for name, at in before.items())
-    entries = [latent_cache.Cache(str(folder), latent_cache.Manifest.read(cache, "").facts) for folder in (out, cache)]
+def test_the_command_makes_the_same_cache(files, cache, tmp_path):
+    """On one device, where sums are rounded otherwise."""
+    flags = [f"--config={SUPPORT}/e2e_config.py:{files}", f"--out={tmp_path}", "--crops=2", "--per_shard=5"]
+    commands.succeed("cache_latents", *flags, "--batch_size=8", "--config.data.threads=1")
+    facts = latent_cache.Manifest.read(cache, "").facts
+    ours, theirs = (latent_cache.Cache(str(folder), facts) for folder in (tmp_path, cache))
     for record in range(24):
-        a, b = (e.read(record, 1) for e in entries)
+        a, b = ours.read(record, 1), theirs.read(record, 1)
         assert a.box == b.box and a.image_crc == b.image_crc
         rounded(a.moments, b.moments, 2 * ROUNDING, 1e-5)
 
