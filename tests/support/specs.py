@@ -35,7 +35,8 @@ DINOV2_SWIGLU = _replace(DINOV2, activation="swiglu", mlp_dim=96)
 
 # One of each vision tower.
 TOWERS = dict(quick_gelu=QUICK, gelu=GELU, siglip=SIGLIP, eva02=EVA02)
-TOWERS |= dict(dinov2=DINOV2, dinov2_reg=DINOV2_REG, dinov2_swiglu=DINOV2_SWIGLU)
+DINOV2S = dict(dinov2=DINOV2, dinov2_reg=DINOV2_REG, dinov2_swiglu=DINOV2_SWIGLU)
+TOWERS |= DINOV2S
 
 # Whole models that are in transformers too.
 CLIP_FOLDER = _spec(30, 6, 48, 2, 3, 96, 20, text=TextSpec(11, 99, 128, 2, 2, 512))

@@ -125,8 +125,7 @@ ROUND_TRIPS = {
     "metaclip2": (transformers_folder, specs.METACLIP2_FOLDER, ("hf", "open_clip"), {}),
     "eva02": (tiny_eva02, EVA02, ("open_clip", "pt"), {"hf": "has no eva02 model: use --format=open_clip"}),
 }
-DINOV2S = {"dinov2": specs.DINOV2, "dinov2, registers": specs.DINOV2_REG, "dinov2, swiglu": specs.DINOV2_SWIGLU}
-ROUND_TRIPS |= {n: (transformers_folder, s, ("hf", "pt"), {"open_clip": NO_DINOV2}) for n, s in DINOV2S.items()}
+ROUND_TRIPS |= {n: (transformers_folder, s, ("hf", "pt"), {"open_clip": NO_DINOV2}) for n, s in specs.DINOV2S.items()}
 
 
 @pytest.mark.parametrize("name", ROUND_TRIPS)

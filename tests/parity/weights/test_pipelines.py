@@ -34,8 +34,7 @@ _ENDS = np.array([[0, 7, 98, 2, 1, 1, 1, 1, 1, 1, 1], [0, 95, 2, 2, 1, 1, 1, 1, 
 # Kind -> (its Spec, the image processor of transformers, token ids).
 MODELS = dict(clip=(CLIP, "CLIP", _TEXTS), metaclip2=(METACLIP2_FOLDER, "CLIP", _ENDS))
 MODELS |= dict(siglip=(SIGLIP_FOLDER, "Siglip", _WORDS), siglip2=(SIGLIP2_FOLDER, "Siglip", _WORDS))
-DINOV2S = dict(dinov2=specs.DINOV2, dinov2_reg=specs.DINOV2_REG, swiglu=specs.DINOV2_SWIGLU)
-MODELS |= {name: (spec, "Bit", None) for name, spec in DINOV2S.items()}
+MODELS |= {name: (spec, "Bit", None) for name, spec in specs.DINOV2S.items()}
 
 
 def processor(kind, spec, rng, seed):
