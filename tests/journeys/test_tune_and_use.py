@@ -55,12 +55,6 @@ def evaluate(home, data: dict[str, str], weights, out: str) -> str:
     return commands.succeed("evaluate", "--config=world", *flags, cwd=home)
 
 
-def python(home, code: str) -> dict:
-    """Runs lines of Python in a new process; returns the last line that it prints, which is JSON."""
-    (home / "snippet.py").write_text(code)
-    return json.loads(commands.succeed(home / "snippet.py", cwd=home).splitlines()[-1])
-
-
 @pytest.fixture(scope="module")
 def data(home):
     return write_task_data(home / "data")
@@ -185,7 +179,8 @@ def test_its_library_encodes_an_image_and_a_text(home, exported, ours, fmt):
     """By the lines of the export's model card."""
     (code,) = re.findall(r"```python\n(.*?)```", (home / fmt / "README.md").read_text(), re.S)
     before = BEFORE.format(kept=KEPT) if fmt == "pt" else ""
-    theirs = python(home, SETUP + before + code + ENCODE.format(texts=TEXTS, lines=LINES[fmt]))
+    (home / "snippet.py").write_text(SETUP + before + code + ENCODE.format(texts=TEXTS, lines=LINES[fmt]))
+    theirs = json.loads(commands.succeed(home / "snippet.py", cwd=home).splitlines()[-1])
     # transformers rounds the resized pixels in another place, see docs/MLLM.md.
     np.testing.assert_allclose(theirs["image"], ours["image"], rtol=0, atol=5e-3 if fmt == "hf" else 1e-5)
     np.testing.assert_allclose(theirs["texts"], ours["texts"], rtol=0, atol=1e-5)

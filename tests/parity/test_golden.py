@@ -8,6 +8,7 @@ import kuea as method
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from flax import nnx
 from helpers import close, within
 from places import TESTS
@@ -87,8 +88,6 @@ def loaded(source) -> VAE:
 
 def test_flux_encoder_from_every_layout(tmp_path):
     """diffusers' pipeline, and FLUX's own file, whose attention is of convolutions."""
-    from diffusers import AutoencoderKL
-
     torch.manual_seed(0)
     kind = dict(down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3)
     shift = dict(scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False)

@@ -24,6 +24,7 @@ from torch_objectives import (
     to_torch,
     tower as tower_of,
 )
+from transformers import CLIPTextConfig, CLIPTextModel
 
 from diva_jax import config
 from diva_jax.models import backbones
@@ -102,8 +103,6 @@ class TorchJudge:
     """The loss from open_clip's, diffusers' and transformers' own modules, one image at a time."""
 
     def __init__(self, p, arrays):
-        from transformers import CLIPTextConfig, CLIPTextModel
-
         self.c, self.spec, self.generator = p.config, backbones.spec_of(p.config), Generator(p, arrays)
         self.model = torch_model(self.spec)
         start = part_tensors(p, arrays, "vision", names.table("vision", self.spec))

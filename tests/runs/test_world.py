@@ -6,12 +6,12 @@ import json
 import jax
 import numpy as np
 import pytest
+import small
 
 import diva_jax.world.tuning as tuning
 import diva_jax.world.why as why
 from diva_jax.data import tokenizers
-from diva_jax.training import partition, workdirs
-from diva_jax.training.step import Program
+from diva_jax.training import workdirs
 from diva_jax.weights import parts
 from diva_jax.world import arms, blindness, comparison, criteria, experiment, knowledge, models, pretrain, scenes
 
@@ -120,7 +120,7 @@ def test_arms_move_the_encoder_and_say_why(world, tmp_path, name):
 
 def test_batches_are_those_of_the_records(world):
     c = arms.arm_config(arms.find("judge"), 3, BUDGET)
-    p = Program(c, partition.make_mesh(c.mesh, jax.devices()[:1]))
+    p = small.program(c)
     found, again = (list(tuning.batches(c, p.objective.inputs, 3, 2)) for _ in range(2))
     shapes = [{n: (a.shape, a.dtype) for n, a in batch.items()} for batch in (found[0], p.abstract_batch())]
     assert shapes[0] == shapes[1]

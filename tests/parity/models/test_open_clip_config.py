@@ -35,13 +35,6 @@ SIZES = ("image_size", "patch_size", "width", "layers", "heads", "mlp_dim", "emb
 ARCHITECTURE = ("arch", *SIZES, "activation", "norm_eps", "mean", "std", "text")
 
 
-def on_meta(config: dict) -> torch.nn.Module:
-    config = copy.deepcopy(config)
-    kind = open_clip.CustomTextCLIP if config.pop("custom_text", False) else open_clip.CLIP
-    with torch.device("meta"):
-        return kind(**config)
-
-
 @functools.cache
 def our_shapes(spec: Spec) -> dict[str, tuple]:
     found = {}
@@ -52,7 +45,10 @@ def our_shapes(spec: Spec) -> dict[str, tuple]:
 
 
 def same_towers(spec: Spec, config: dict):
-    theirs, ours = {k: tuple(v.shape) for k, v in on_meta(config).state_dict().items()}, our_shapes(spec)
+    config, ours = copy.deepcopy(config), our_shapes(spec)
+    kind = open_clip.CustomTextCLIP if config.pop("custom_text", False) else open_clip.CLIP
+    with torch.device("meta"):
+        theirs = {k: tuple(v.shape) for k, v in kind(**config).state_dict().items()}
     assert set(theirs) - set(ours) == {"logit_scale"} | ({"logit_bias"} if spec.arch == "siglip" else set())
     assert {k: v for k, v in theirs.items() if k in ours} == ours
     for tower in ("vision", "text"):

@@ -10,14 +10,18 @@ import open_clip
 import pytest
 import small
 import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.training_utils import EMAModel
 from flax import nnx
 from helpers import close, randomise, refused
+from open_clip.model import resize_pos_embed
 from safetensors.torch import save_file
 from specs import CLIP_FOLDER as CLIP, DINOV2, EVA02, OPENAI, SIGLIP_FOLDER as SIGLIP
+from timm.layers import resample_abs_pos_embed
 from torch_models import torch_model, torch_tower, written_by_open_clip
+from transformers import CLIPTextConfig, CLIPTextModel
 
 from diva_jax import weights
-from diva_jax.common.errors import UserError
 from diva_jax.models.backbones import Spec
 from diva_jax.models.backbones.shared.open_clip_config import to_open_clip
 from diva_jax.models.diffusion.text_encoder import TextEncoderConfig
@@ -111,9 +115,8 @@ def test_openai_archive(tmp_path, monkeypatch):
     """Refused; what the message says to run makes a state dict that describes itself as the archive did."""
     monkeypatch.chdir(tmp_path)
     openai_archive("ViT-tiny.pt")
-    with pytest.raises(UserError, match="TorchScript") as refusal:
-        origins.open_source("ViT-tiny.pt")
-    exec(str(refusal.value).split("is converted by: ")[1])  # noqa: S102
+    said = refused("TorchScript", origins.open_source, "ViT-tiny.pt")
+    exec(said.split("is converted by: ")[1])  # noqa: S102
     expected = torch.load("weights.pt", weights_only=True)
     assert expected["visual.conv1.weight"].dtype == torch.float16
     same_towers("weights.pt", expected, OPENAI)
@@ -138,8 +141,6 @@ def test_torch_hub_dinov2(tmp_path):
 
 def test_open_clip_eva02(tmp_path):
     """The whole model's file, the tower alone, and learned position embeddings at another resolution."""
-    from timm.layers import resample_abs_pos_embed
-
     tensors = state_dict(torch_model(EVA02))
     torch.save(tensors, tmp_path / "w.pt")
     torch.save({k.removeprefix("visual."): v for k, v in tensors.items() if "visual." in k}, tmp_path / "v.pt")
@@ -153,8 +154,6 @@ def test_open_clip_eva02(tmp_path):
 @pytest.mark.parametrize("size", [42, 24])
 def test_position_embeddings_at_another_resolution(model, tmp_path, size, capsys):
     """Up and down, as open_clip's own resize_pos_embed."""
-    from open_clip.model import resize_pos_embed
-
     tensors = state_dict(model)
     torch.save(tensors, tmp_path / "w.pt")
     spec = dataclasses.replace(CLIP, image_size=size)
@@ -176,9 +175,6 @@ VARIANTS |= {"bin": BIN, "bin sharded": dict(BIN, max_shard_size="200KB")}
 @pytest.mark.parametrize("kind", VARIANTS)
 def test_diffusers_unet(tmp_path, kind):
     """Of `both`, full precision is preferred to a variant."""
-    from diffusers import UNet2DConditionModel
-    from diffusers.training_utils import EMAModel
-
     model, folder = randomise(UNet2DConditionModel(**UNET)), tmp_path / "unet"
     model = model.half() if "fp16" in kind else model
     expected = {k: v.clone() for k, v in model.state_dict().items()}
@@ -208,9 +204,6 @@ def old_names(tensors):
 
 @pytest.mark.parametrize("part", ["vae", "text_encoder"])
 def test_diffusers_vae_and_text_encoder(tmp_path, part):
-    from diffusers import AutoencoderKL
-    from transformers import CLIPTextConfig, CLIPTextModel
-
     if part == "vae":
         options = dict(block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, latent_channels=4)
         options |= dict(down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2)

@@ -21,7 +21,7 @@ from specs import EVAL_CLIP
 
 import diva_jax
 from diva_jax import api, config, demo
-from diva_jax.data import images
+from diva_jax.data import images, tokenizers
 from diva_jax.evals import encode
 from diva_jax.evals.tasks import drift
 from diva_jax.training import workdirs
@@ -75,8 +75,6 @@ def test_a_bare_file_needs_a_spec_and_texts_are_those_of_the_text_tower(clip, tm
     found = diva_jax.load(bare, spec=EVAL_CLIP)
     assert found.spec.width == EVAL_CLIP.width and found.arrays
     refused("has no tokenizer", found.encode_text, "x")
-    from diva_jax.data import tokenizers
-
     texts = ["a photo of a cup", "A dog, ünder ☃", ""]
     ids = tokenizers.open_tokenizer(EVAL_CLIP.text, clip)(texts)
     want = np.asarray(parts.load(str(clip), EVAL_CLIP, tower="text").encode(ids))

@@ -21,7 +21,6 @@ from specs import EVAL_CLIP as CLIP, EVAL_SIGLIP as SIGLIP
 
 from diva_jax import config, evals
 from diva_jax.common import results_schema
-from diva_jax.common.errors import RunError, UserError
 from diva_jax.evals import Settings, encode, evaluator, results
 from diva_jax.models.backbones import TABLE, Features, build
 from diva_jax.models.backbones.shared.transformer import Text
@@ -286,8 +285,8 @@ def test_published_readouts(tag):
 def test_unknown_readouts_are_refused():
     mesh = partition.make_mesh(config.default(CLIP).mesh)
     for text in ("mean", "cls + mean(random)", "cls+mean(all)", "l2(cls) + mean(some 3)", "cls + mean(random 0)", ""):
-        with pytest.raises(UserError, match="backbone.readout=.* cannot be read"):
-            encode.Towers(dataclasses.replace(CLIP, readout=text), mesh, Settings())
+        spec = dataclasses.replace(CLIP, readout=text)
+        refused("backbone.readout=.* cannot be read", encode.Towers, spec, mesh, Settings())
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
@@ -298,7 +297,7 @@ def test_embeddings_that_are_not_finite_are_refused(value):
     texts[1:, 2] = value
     model = encode.Model("run:7", towers_on(CLIP, 1, 7), encode.Encoder(arrays, None, "", {}, ""), table, texts)
     failed("run:7: the embeddings of 5 of 5 images are not finite", model.images, patch, 5, seeds=3)
-    with pytest.raises(RunError, match="run:7: the embeddings of 9 of 9 patches of a window are not finite"):
-        next(model.dense(WINDOWS.__getitem__, 5, "clearclip"))
+    tokens = model.dense(WINDOWS.__getitem__, 5, "clearclip")
+    failed("run:7: the embeddings of 9 of 9 patches of a window are not finite", next, tokens)
     assert model.texts(["a"]).shape == (1, CLIP.embed_dim)
     failed("run:7: the embeddings of 2 of 3 texts are not finite", model.texts, ["a", "b", "c"])

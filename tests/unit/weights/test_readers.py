@@ -99,10 +99,8 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
     with formats.new_folder(tmp_path / "out") as folder:
         (folder / "whole").write_text("")
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
-    with pytest.raises(UserError, match="exists already"), formats.new_folder(tmp_path / "out"):
-        pass
-    with pytest.raises(UserError, match="cannot be written"), formats.new_folder("/proc/nothing/out"):
-        pass
+    refused("exists already", formats.new_folder(tmp_path / "out").__enter__)
+    refused("cannot be written", formats.new_folder("/proc/nothing/out").__enter__)
 
 
 # Fields that change no tower.
