@@ -110,7 +110,6 @@ def test_scores_are_clip_benchmarks(exported, digits, captions, monkeypatch, tas
     root = digits if classifies else captions
     want, found = theirs(exported, root, task), ours(exported, root, "zeroshot" if classifies else "retrieval")
     scores = {k: v["score"] for k, v in found.results["scores"].items()}
-    print(f"clip_benchmark {want}\ndiva_jax {scores}")
     assert set(scores) == set(want)
     for metric, value in want.items():
         if classifies:

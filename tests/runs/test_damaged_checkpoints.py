@@ -37,16 +37,12 @@ def abstract(step: int) -> dict:
     return jax.tree.map(lambda a: jax.ShapeDtypeStruct(np.shape(a), a.dtype, sharding=here), state(step))
 
 
-def place(tree: dict) -> dict:
-    return jax.tree.map(jax.numpy.asarray, tree)
-
-
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "run"
     with checkpoint.Checkpoints(folder) as checkpoints:
         for step in (3, 6, 9):
-            checkpoints.save(step, place(state(step)), {"batches": step}, META, wait=True)
+            checkpoints.save(step, state(step), {"batches": step}, META, wait=True)
     return folder
 
 
@@ -113,7 +109,7 @@ def test_what_is_restored_is_what_was_saved(workdir, seed):
             (workdir / "checkpoints" / "9").mkdir()
         (workdir / "checkpoints" / "9").rmdir()
     with checkpoint.Checkpoints(workdir) as checkpoints:
-        checkpoints.save(12, place(state(12)), {"batches": 12}, META, wait=True)
+        checkpoints.save(12, state(12), {"batches": 12}, META, wait=True)
     assert checkpoint.latest_step(workdir) == 12, what
 
 

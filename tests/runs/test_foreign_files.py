@@ -44,7 +44,7 @@ def good(home):
     trees.change(home, json.loads(Path(__file__).with_name("foreign.json").read_text()))
     state = {"params": {"a": np.ones(3, np.float32)}, "step": np.int32(3)}
     with checkpoint.Checkpoints(home) as checkpoints:
-        checkpoints.save(3, jax.tree.map(jax.numpy.asarray, state), {"batches": 3}, {"config": {"steps": 9}}, wait=True)
+        checkpoints.save(3, state, {"batches": 3}, {"config": {"steps": 9}}, wait=True)
     write_shards(home / "shards", 3, 3)
     sources.open_source(str(home / "shards"), str(home / "shards"))
     return home
