@@ -1,6 +1,5 @@
 """Drift, retrieval and the shifts of ImageNet: scores by hand, ties, layouts of data, bad data."""
 
-from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -73,15 +72,13 @@ def test_effective_rank():
 CAPTIONED = 23
 CAPTIONS = [[f"caption {j} of {i}" for j in range(1 + i % 5)] for i in range(CAPTIONED)]
 
-retrieval_task = partial(prepared, "retrieval")
-
 
 def test_captions_of_an_image_belong_together(tmp_path):
     """Recalls are compared with clip_benchmark's in tests/parity."""
     rows = [(f"{i}.png", caption, "x") for i, captions in enumerate(CAPTIONS) for caption in captions]
     table = dict(zip(("image", "caption", "note"), zip(*rows, strict=True), strict=True))
     trees.change(tmp_path, {f"{i}.png": encoded(patch(i)) for i in range(CAPTIONED)} | {"captions.csv": table})
-    task = retrieval_task(tmp_path / "captions.csv")
+    task = prepared("retrieval", tmp_path / "captions.csv")
     assert task.count == CAPTIONED and task.texts == [c for captions in CAPTIONS for c in captions]
     model, found, compared = evaluated(task)
     assert model.sizes[0] == [patch(i).size for i in range(CAPTIONED)]
