@@ -65,9 +65,12 @@ class Difference(_WithInterval):
 
     @property
     def sign(self) -> int:
-        """1 where zero is below the interval over items and, with runs, the one over runs; -1 above both; else 0."""
+        """1 where zero is below the interval over items and, with runs, the one over runs; -1 above both; else 0. A
+        single point counts as an interval over items where McNemar's test excludes chance, and never as one over runs.
+        """
         intervals = [self.interval, self.runs_interval] if self.runs or self.runs_interval else [self.interval]
-        if not all(ends and ends[0] < ends[1] for ends in intervals):
+        tested = self.mcnemar is not None and self.mcnemar.p < 0.05
+        if not all(ends and ends[0] < ends[1] for ends in intervals[self.all_agree and tested :]):
             return 0
         if all(low > 0 for low, _ in intervals):
             return 1

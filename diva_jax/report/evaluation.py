@@ -28,9 +28,9 @@ def findings(inputs: Inputs) -> list[Finding]:
         names = names if len(names) <= 3 and len(results.labels) == 2 else names[:1]
         for c in reversed(task.comparisons):
             for metric in names:
-                if difference := c.differences().get(metric):
+                if metric in c.differences():
                     finding = _finding(task, c, metric, len(results.labels) > 2, c.after in doubtful)
-                    (known if difference.known_interval else others).append(finding)
+                    (known if finding.kind else others).append(finding)
     out = []
     for s in results.summary:
         doubt = s.after in doubtful and s.says == MORE
@@ -246,7 +246,7 @@ def _comparisons(results: Results) -> Iterator[Finding]:
                 if d := differences.get(metric):
                     kind, name = wording.direction(d, info.direction), f"{task.title}, {info.title}"
                     if kind.endswith("lost"):
-                        figure = wording.signed(d.difference, info.unit, wording.places(d.known_interval, info.unit))
+                        figure = wording.signed(d.difference, info.unit, wording.places_of([d], info.unit))
                         found.setdefault((True, *of), []).append(f"{name} ({figure})")
                     elif kind == "zero" and i == 0:
                         found.setdefault((False, *of), []).append(name)

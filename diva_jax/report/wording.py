@@ -87,12 +87,10 @@ def excludes_zero(ends: list[float] | None) -> bool | None:
 
 def direction(difference: Difference, better: str, doubted: bool = False) -> str:
     """The CSS classes of a difference: "zero" where zero is within the interval; else "up" or "down" by the sign and,
-    where better values of the metric are "higher" or "lower", "won" or "lost"; "" without an interval. Instead of "won"
-    it is "doubted" where something else says that it is no improvement."""
-    if difference.known_interval is None:
-        return ""
+    where better values of the metric are "higher" or "lower", "won" or "lost"; "" without an interval and a sign.
+    Instead of "won" it is "doubted" where something else says that it is no improvement."""
     if not difference.sign:
-        return "zero"
+        return "" if difference.known_interval is None else "zero"
     up = difference.sign > 0
     won = "doubted" if doubted else "won"
     colour = won if up == (better == "higher") else "lost"
@@ -112,7 +110,7 @@ def change(before: Score, after: Score, difference: Difference, unit: str) -> st
 
 def verdict(difference: Difference, better: str) -> str:
     """Returns the conclusion from a paired difference, as one sentence; `better` as for `direction`."""
-    if difference.all_agree:
+    if difference.all_agree and not difference.sign:
         return "All items differ by the same, so there is no interval."
     if difference.runs and not difference.runs_interval:
         return "All runs differ by the same, so there is no interval over runs, and chance cannot be excluded."
@@ -125,7 +123,8 @@ def verdict(difference: Difference, better: str) -> str:
     test = difference.mcnemar
     doubt = ", but the exact test does not exclude chance" if test and test.p >= 0.05 else ""
     names = {"up": "Higher", "down": "Lower", "won": "Better", "lost": "Worse"}
-    return f"{names[kind.split()[-1]]}: zero is outside of the interval{doubt}."
+    why = "every resample has the same difference" if difference.all_agree else "zero is outside of the interval"
+    return f"{names[kind.split()[-1]]}: {why}{doubt}."
 
 
 def p_value(p: float) -> str:

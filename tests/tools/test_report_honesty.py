@@ -166,12 +166,18 @@ def test_readouts_that_are_the_same_are_one(tmp_path):
 def test_an_interval_of_width_zero_is_none(tmp_path):
     task = samples.mmvp_task([])
     task["weights"][samples.AFTER]["scores"]["pooled"]["interval"] = [25.9, 25.9]
-    task["comparisons"][0]["scores"]["pooled"] |= {"interval": [6.7, 6.7]}
+    task["comparisons"][0]["scores"]["pooled"] |= {"interval": [6.7, 6.7], "mcnemar": None}
     content = read(tmp_path, mmvp=task)
     source = html(content)
     assert source.count("no interval: all items agree") == 2 and "All items differ by the same" not in source
     # The pooled readout has no interval.
     assert evaluation.findings(content)[0].what == "MMVP-VLM, published readout, cls + mean(random 76), l2"
+    # It is a difference where the paired test says so.
+    change = {"difference": -6.7, "interval": [-6.7, -6.7], "mcnemar": {"won": 0, "lost": 30, "p": 2e-9}}
+    task["comparisons"][0]["scores"]["pooled"] = change
+    first, (_, title, text) = evaluation.findings(content := read(tmp_path, mmvp=task))[0], strip(html(content))[0]
+    assert first.kind == "down lost" and first.meaning.startswith("Worse: every resample has the same difference.")
+    assert title == "Worse than before" and "pooled embedding (−6.7)" in text
     samples.write_run(tmp_path / "run", rows=12)
     lines = (tmp_path / "run" / "metrics.jsonl").read_text()
     (tmp_path / "run" / "metrics.jsonl").write_text(re.sub(r'(/(?:low|high)": )[-.\d]+', r"\g<1>0.5", lines))

@@ -21,7 +21,7 @@ from specs import EVAL_CLIP as CLIP, EVAL_SIGLIP as SIGLIP
 
 from diva_jax import config, evals
 from diva_jax.common import results_schema
-from diva_jax.evals import Settings, encode, evaluator, results
+from diva_jax.evals import Settings, encode, evaluator, results, stats
 from diva_jax.models.backbones import TABLE, Features, build
 from diva_jax.models.backbones.shared.transformer import Text
 from diva_jax.models.layers import Keys
@@ -117,6 +117,20 @@ def test_a_claim_needs_the_interval_over_items_and_the_one_over_runs(items, over
     found = results_schema.Difference(difference=1.0, interval=items, runs_interval=runs).sign
     assert found == (over_items if runs is None or over_items == over_runs else 0)
     assert results_schema.Difference(difference=1.0, interval=items, runs=[1.0, 1.0]).sign == 0
+
+
+@pytest.mark.parametrize(
+    "count, gain, says", [(30, 1, "sees more"), (30, -1, "sees less"), (2, 1, "no difference shown")]
+)
+def test_a_change_of_every_item_counts_where_the_test_excludes_chance(count, gain, says):
+    sides = (np.zeros(count), np.ones(count))[::gain]
+    task = samples.pairs_task(ENDS[0], ENDS[0])
+    compared = task["comparisons"][0]["scores"]
+    compared["pooled_match"] = stats.paired(*sides, resamples=20, seed=0) | {"mcnemar": stats.mcnemar(*sides)}
+    assert compared["pooled_match"]["interval"] == [100 * gain] * 2
+    assert results.summaries({"mmvp": task})[0]["says"] == says
+    compared["pooled_match"] |= {"runs": [100.0 * gain] * 2, "runs_interval": None}
+    assert results.summaries({"mmvp": task})[0]["says"] == "no difference shown"
 
 
 @pytest.mark.parametrize("control", ENDS)
