@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,8 +19,10 @@ from diva_jax.models.diffusion.presets import LatentCode
 from diva_jax.weights.parts import Part
 
 _PAGE = "see docs/WRITE_AN_OBJECTIVE.md"
-# Metrics of every run.
-_OWN_METRICS = {"grad_norm", "lr"}
+# What the train step, the log and evaluations write themselves, see `training.metrics`.
+_OWN_METRICS = re.compile(
+    "grad_norm|lr|step|seconds|images_per_s|mfu|data_wait|(broken|skipped)_images|(eval|feedback|feedback_by_timestep)/.*"
+)
 # Values of switches: what the models were trained on, and what the authors' code does.
 EXACT, FAITHFUL = "exact", "faithful"
 
@@ -101,8 +104,8 @@ def _problem(found: Any) -> str:
         return f"the metrics that loss returns are a {type(metrics).__name__}, and not a dict with texts as keys"
     if "loss" not in metrics:
         return f'the metrics that loss returns ({listing(list(metrics)) or "none"}) lack "loss"'
-    if taken := _OWN_METRICS & metrics.keys():
-        return f"the metrics that loss returns have {listing(sorted(taken))}, which the train step adds itself"
+    if taken := [name for name in metrics if _OWN_METRICS.fullmatch(name)]:
+        return f"the metrics that loss returns have {listing(taken)}, which a run writes itself"
     for name, number in {"loss": value, **{f"metrics[{n!r}]": m for n, m in metrics.items()}}.items():
         shape, kind = getattr(number, "shape", ()), getattr(number, "dtype", type(number))
         said = getattr(kind, "__name__", kind)  # Of a type its name; a dtype is written as it is.

@@ -62,7 +62,7 @@ RETURNED = [
     ((ONE, ONE), "metrics that loss returns are a .*Tracer"),
     ((ONE, {1: ONE}), "not a dict with texts as keys"),
     ((ONE, {}), r'metrics that loss returns .none. lack "loss"'),
-    ((ONE, GOOD | {"lr": ONE}), "have lr, which the train step adds itself"),
+    *(((ONE, GOOD | {n: ONE}), f"have {n}, which a run") for n in "lr step mfu eval/x feedback/x".split()),
     ((jnp.ones(3), GOOD), "loss is float32 .3., and not a scalar"),
     ((ONE, GOOD | {"each": jnp.ones((2, 1))}), r"metrics\['each'\] is float32 .2, 1., and not a scalar"),
     ((ONE, GOOD | {"text": "a"}), "and not a scalar"),
