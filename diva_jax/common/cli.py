@@ -54,7 +54,8 @@ flags.disclaim_key_flags()
 
 
 class _TupleParser(tuple_parser.TupleParser):
-    """ml_collections' parser of tuples, and texts with commas between them: `mmvp=data/MMVP_VLM,drift=data/photos`."""
+    """ml_collections' parser of tuples, and texts with commas between them: `mmvp=data/MMVP_VLM,drift=data/photos`. One
+    that begins as `probe=train=` lists folders, and the commas after it are its own."""
 
     def parse(self, argument):
         try:
@@ -62,7 +63,9 @@ class _TupleParser(tuple_parser.TupleParser):
         except ValueError:
             if argument.lstrip()[:1] in ("(", "[", "'", '"'):
                 raise
-            return tuple(part.strip() for part in argument.split(",") if part.strip())
+            own = re.search(r"(?<![^,\s])[\w.]+=[\w-]+=", argument)
+            ends = (argument[: own.start()], argument[own.start() :]) if own else (argument, "")
+            return tuple(part.strip() for part in (*ends[0].split(","), ends[1]) if part.strip())
 
 
 class _ConfigParser(flags.ArgumentParser):

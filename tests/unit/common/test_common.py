@@ -214,6 +214,12 @@ def signalled(sig, *command, **env):
     return found
 
 
+def test_tuples_of_texts_are_split_at_commas_between_entries():
+    own = "probe=train=a,test=b"
+    for given, want in (("mmvp=a,drift=b", ("mmvp=a", "drift=b")), (own, (own,)), (f"mmvp=c, {own}", ("mmvp=c", own))):
+        assert cli._TupleParser().parse(given) == want
+
+
 @pytest.mark.attack
 @pytest.mark.parametrize("where", ["main", "collector", "comparison"])
 @pytest.mark.parametrize("sig, code, said", [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")])
