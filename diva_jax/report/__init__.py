@@ -17,11 +17,11 @@ from diva_jax.report import inputs
 
 def write(folder: epath.PathLike) -> list[epath.Path]:
     """Writes `report.html` and `report/*.png` into an evaluation's output folder, a training workdir, or a folder that
-    is both, and returns the files, `report.html` first. A UserError where there is nothing to report on, a file is
-    invalid, or the folder is not writable."""
+    is both, and returns the files, `report.html` first; charts of an earlier report that has others are removed. A
+    UserError where there is nothing to report on, a file is invalid, or the folder is not writable."""
     content = inputs.read(folder)
     # Imported here, because matplotlib and jax are slow to import.
-    from diva_jax.report import page
+    from diva_jax.report import figures, page
 
     body = page.sections(content)
     charts = page.charts(body)
@@ -40,4 +40,9 @@ def write(folder: epath.PathLike) -> list[epath.Path]:
         for path, chart in zip(written[1:], charts, strict=True):
             paths.write_whole(path, chart.png())
         paths.write_whole(target, page.html(content, body).encode("utf-8", "backslashreplace"))
+        for path in {p for p in images.glob("*.png") if p.is_file()} - set(written):
+            with path.open("rb") as f:
+                earlier = figures.MADE_BY.encode() in f.read(2**10)
+            if earlier:
+                path.unlink()
     return written

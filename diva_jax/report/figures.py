@@ -34,6 +34,7 @@ _SERIES = 6
 WIDE, HALF, NARROW = 918, 426, 328
 # One unit of matplotlib, a point, is one CSS pixel of the page and two pixels of a PNG file.
 DPI, _PNG_DPI, _PNG_MARGIN = 72, 144, 18
+MADE_BY = "diva_jax.report"  # What the PNG files say that they were made by.
 # matplotlib's style, in which a role stands for its light colour.
 _STYLE = {name: LIGHT.get(value, value) for name, value in json.loads((_TEMPLATES / "style.json").read_text()).items()}
 
@@ -87,7 +88,9 @@ class Chart(NamedTuple):
             title = textwrap.fill(plain(self.title), int(width / 8))
             figure.text(0, above, title, size=14, color=LIGHT["ink"], va="bottom")
             figure.set_facecolor(LIGHT["panel"])
-            figure.savefig(file, format="png", dpi=_PNG_DPI, bbox_inches="tight", pad_inches=_PNG_MARGIN / DPI)
+            known = {"Software": MADE_BY}
+            margin = _PNG_MARGIN / DPI
+            figure.savefig(file, format="png", dpi=_PNG_DPI, bbox_inches="tight", pad_inches=margin, metadata=known)
         return file.getvalue()
 
 

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from diva_jax.common.errors import UserError
 from diva_jax.common.results_schema import Task
-from diva_jax.data.images import opened
+from diva_jax.data.images import eight_bits, opened
 from diva_jax.report.figures import Label, Part, Section, colour_role
 from diva_jax.report.inputs import ImageRows
 
@@ -33,12 +33,12 @@ class EmbeddedImage(NamedTuple):
 
 
 def _thumbnail(path: str) -> EmbeddedImage:
-    """A JPEG thumbnail; its URI is empty where the file is missing or is not an image."""
+    """A JPEG thumbnail, as encoders see the image; its URI is empty where the file is missing or is not an image."""
     name = Path(path).name
     try:
         with opened(path) as image:
             image.draft("RGB", (2 * _THUMBNAIL_SIDE, 2 * _THUMBNAIL_SIDE))
-            small = ImageOps.exif_transpose(image).convert("RGB")
+            small = eight_bits(image).convert("RGB")
     except UserError:
         return EmbeddedImage("", name)
     small.thumbnail((_THUMBNAIL_SIDE, _THUMBNAIL_SIDE), Image.Resampling.LANCZOS)

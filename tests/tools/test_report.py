@@ -122,6 +122,27 @@ def test_a_workdir(tmp_path):
     assert inputs.Run("", 0, (), config.default(objective="genhancer").to_dict(), [], []).total == 110_000
 
 
+def test_charts_of_an_earlier_report_are_removed_and_no_other_files(tmp_path):
+    samples.write_run(tmp_path, rows=6)
+    (tmp_path / "report").mkdir()
+    Image.new("RGB", (4, 4)).save(mine := tmp_path / "report" / "mine.png")
+    before = report.write(tmp_path)
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "metrics.jsonl").write_text("".join(line for line in lines if "eval/" not in line))
+    after = report.write(tmp_path)
+    assert len(after) < len(before) and set((tmp_path / "report").iterdir()) == {mine, *map(Path, after[1:])}
+
+
+def test_thumbnails_are_as_encoders_see_the_image(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # Turned by 90 degrees.
+    Image.new("RGB", (40, 20)).save(tmp_path / "a.jpg", exif=exif)
+    Image.fromarray(np.full((9, 9), 0x4000, np.uint16)).save(tmp_path / "b.png")
+    shown = [images._thumbnail(str(tmp_path / name)).uri.partition(",")[2] for name in ("a.jpg", "b.png")]
+    turned, deep = (Image.open(io.BytesIO(base64.b64decode(uri))) for uri in shown)
+    assert turned.size == (40, 20) and deep.getpixel((4, 4)) == (64, 64, 64)
+
+
 def chart(draw, *names, **arguments):
     legend = [(name, i) for i, name in enumerate(names)]
     return figures.Chart("name", "Title", legend, lambda width: draw(width, **arguments))
