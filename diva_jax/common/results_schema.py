@@ -197,11 +197,13 @@ class Task(Record):
 
 
 class Source(Record):
-    """A set of weights: its label, where it came from, and the step of a run's checkpoint; or the runs of a group."""
+    """A set of weights: its label, where it came from, and of a run the step of its checkpoint and `checkpoint`, the
+    SHA-256 of what that says of itself; or the runs of a group."""
 
     label: str = ""
     source: str | None = None
     step: Count | None = None
+    checkpoint: str = ""
     members: list["Source"] = []
 
     @property

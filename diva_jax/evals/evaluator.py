@@ -17,7 +17,7 @@ from diva_jax.data import tokenizers
 from diva_jax.evals import Outcome, encode, results, seeds
 from diva_jax.evals.encode import Encoder, Model, Towers
 from diva_jax.models.backbones import spec_of
-from diva_jax.training import partition
+from diva_jax.training import checkpoint, partition
 from diva_jax.weights import origins, parts
 
 
@@ -163,13 +163,25 @@ def run(
     # The label of each set of weights (runs of a group have that of the group), and its entry in results.json.
     labels: list[str] = []
     listed: dict[str, dict[str, Any]] = {}
-    for name, members in groups:
+    known: dict[Any, str] = {}  # Weights, or the workdir of a run -> what was given for them first.
+    runs: dict[str, list[str]] = {}  # Workdir -> the labels of its checkpoints.
+    for text, (name, members) in zip(weights, groups, strict=True):
+        where = [str(paths.absolute(paths.folder(place.at, "--weights"))) for place in members]
+        same = frozenset((at, place.step) for at, place in zip(where, members, strict=True))
+        if len(same) < len(members) or same in known:
+            again = f"as {known[same]}" if same in known else "twice"
+            raise UserError(f"--weights={text} names the same weights {again}: give each once")
         seeds.check(name, members)
         label = name or own[len(labels)]
         if label in listed:
             raise UserError(f"--weights has two sets that are called {label}: give each once, or name the group anew")
-        sources = [{"source": place.source, "step": place.step} for place in members]
-        listed[label] = {"label": label} | ({"members": sources} if name else sources[0])
+        sources = []
+        for place in members:
+            saved = {} if place.step is None else {"checkpoint": checkpoint.identity(place.source, place.step)}
+            sources.append({"source": place.source, "step": place.step, **saved})
+        if listed and not name and members[0].step is not None:
+            runs.setdefault(known.setdefault(where[0], members[0].source), []).append(label)
+        known[same], listed[label] = text, {"label": label} | ({"members": sources} if name else sources[0])
         labels += [label] * len(members)
     # All weights are checked before the first are evaluated, which may take hours.
     other = dict.fromkeys(text for place in given for text in encode.check(place.source, place.step, config))
@@ -178,10 +190,6 @@ def run(
         outcomes.append((label, runner.evaluate(runner.model(single, loaded))))
         del loaded  # Only one set of weights is on the devices at a time.
     tasks, rows = runner.report(outcomes, dict(zip(weights, listed, strict=True)).get(control, control))
-    runs: dict[str, list[str]] = {}
-    for label, entry in list(listed.items())[1:]:
-        if entry.get("step") is not None:
-            runs.setdefault(entry["source"], []).append(label)
     notes = [f"{text}, which is used" for text in other]
     notes += seeds.best_notes(runner.tasks, outcomes, runs, choose_best, runner.settings)
     took = {"seconds": round(time.perf_counter() - began, 1)}

@@ -33,8 +33,8 @@ def parse(text: str) -> tuple[str, list[str]]:
 
 def check(name: str, members: Sequence[origins.Place]) -> None:
     """Raises a UserError where the runs of a group do not differ in their seed alone."""
-    runs = [(p, workdirs.read_config(p.source).to_dict()) for p in members if p.step is not None]
-    if not name or not runs:
+    runs = [(p, workdirs.read_config(p.source).to_dict()) for p in members if name and p.step is not None]
+    if not runs:
         return
     (first, config), by_seed = runs[0], {}
     for place, other in runs:

@@ -40,9 +40,7 @@ def write(folder: epath.PathLike) -> list[epath.Path]:
         for path, chart in zip(written[1:], charts, strict=True):
             paths.write_whole(path, chart.png())
         paths.write_whole(target, page.html(content, body).encode("utf-8", "backslashreplace"))
-        for path in {p for p in images.glob("*.png") if p.is_file()} - set(written):
-            with path.open("rb") as f:
-                earlier = figures.MADE_BY.encode() in f.read(2**10)
-            if earlier:
+        for path in set(images.glob("*.png")) - set(written):
+            if path.is_file() and figures.MADE_BY.encode() in path.read_bytes():
                 path.unlink()
     return written

@@ -32,9 +32,9 @@ _SERIES = 6
 # Widths of charts [CSS pixels]: full and half of a wide page, and a phone. Charts are drawn once per width and not
 # scaled, so that their text has the same size as the page's.
 WIDE, HALF, NARROW = 918, 426, 328
-# One unit of matplotlib, a point, is one CSS pixel of the page and two pixels of a PNG file.
-DPI, _PNG_DPI, _PNG_MARGIN = 72, 144, 18
-MADE_BY = "diva_jax.report"  # What the PNG files say that they were made by.
+# One unit of matplotlib, a point, is one CSS pixel of the page and two pixels of a PNG file, which says who made it.
+DPI, MADE_BY = 72, "diva_jax.report"
+_PNG = {"dpi": 144, "pad_inches": 18 / DPI, "metadata": {"Software": MADE_BY}}
 # matplotlib's style, in which a role stands for its light colour.
 _STYLE = {name: LIGHT.get(value, value) for name, value in json.loads((_TEMPLATES / "style.json").read_text()).items()}
 
@@ -88,9 +88,7 @@ class Chart(NamedTuple):
             title = textwrap.fill(plain(self.title), int(width / 8))
             figure.text(0, above, title, size=14, color=LIGHT["ink"], va="bottom")
             figure.set_facecolor(LIGHT["panel"])
-            known = {"Software": MADE_BY}
-            margin = _PNG_MARGIN / DPI
-            figure.savefig(file, format="png", dpi=_PNG_DPI, bbox_inches="tight", pad_inches=margin, metadata=known)
+            figure.savefig(file, format="png", bbox_inches="tight", **_PNG)
         return file.getvalue()
 
 

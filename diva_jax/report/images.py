@@ -21,8 +21,6 @@ _UNLABELLED = 255
 _UNLABELLED_COLOUR = (225, 225, 225)
 _MAX_MAP_PIXELS = 2**20
 _MAX_NAMED_CLASSES = 16
-# Largest number of flipped items per comparison, metric and direction; predictions.csv has all of them.
-_MAX_CARDS = 48
 
 
 class EmbeddedImage(NamedTuple):
@@ -124,8 +122,6 @@ def flipped(task: Task) -> list[Section]:
             if any(w.scores[metric].seeds for w in task.weights.values() if metric in w.scores):
                 note += "; shares are means over the draws"
             won, lost = ("with the weights", "with the control") if control else ("after", "before")
-            given = dict(
-                flips=flips, sides={True: won, False: lost}, items=task.items, most=_MAX_CARDS, thumbnail=thumbnail
-            )
-            out.append(Section(f"{task.title}: {task.items} that flipped", [Part("flips", **given)], note))
+            shown = Part("flips", flips=flips, sides={True: won, False: lost}, items=task.items, thumbnail=thumbnail)
+            out.append(Section(f"{task.title}: {task.items} that flipped", [shown], note))
     return out

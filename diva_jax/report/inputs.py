@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from diva_jax.common import config_files, json_files, paths
 from diva_jax.common.errors import UserError
 from diva_jax.common.fields import finite
-from diva_jax.common.results_schema import LARGEST_NUMBER, SCHEMA, Metric, Results, Task
+from diva_jax.common.results_schema import LARGEST_NUMBER, SCHEMA, Metric, Results, Source, Task
 
 
 class Session(json_files.Record):
@@ -104,7 +104,7 @@ def read(folder: epath.PathLike) -> Inputs:
         for place in (weights, *weights.members):
             if place.step is None or not place.source:
                 continue
-            if source := _existing_folder(place.source, paths.is_remote(folder)):
+            if source := _workdir(place, paths.is_remote(folder)):
                 index, labels = workdirs.get(source, (i, ()))
                 workdirs[source] = index, (*labels, weights.label)
             elif not paths.is_remote(place.source):
@@ -123,16 +123,21 @@ def read(folder: epath.PathLike) -> Inputs:
     return Inputs(folder, results, runs, image_rows, tuple(missing))
 
 
-def _existing_folder(source: str, remote: bool) -> epath.Path | None:
-    """The workdir that weights came from, or None where it cannot be found; one in a bucket only with `remote`."""
-    if paths.is_remote(source) and not remote:
+def _workdir(place: Source, remote: bool) -> epath.Path | None:
+    """The workdir of the run that was evaluated, or None: it has the same checkpoint (any of this step, where that is
+    not recorded) or, where it is deleted, has got so far; one in a bucket only with `remote`."""
+    from diva_jax.training import checkpoint  # Here, because jax is slow to import.
+
+    if paths.is_remote(place.source) and not remote:
         return None
     try:
-        folder = paths.absolute(paths.folder(source, "source"))
-        return folder if folder.is_dir() else None
-    except (UserError, ValueError, OSError, RuntimeError):
-        # There is no such bucket, user or path.
+        folder = paths.absolute(paths.folder(place.source, "source"))
+        there = (folder / "checkpoints" / str(place.step)).exists()
+    except (UserError, ValueError, OSError, RuntimeError):  # There is no such bucket, user or path.
         return None
+    if there:
+        return folder if place.checkpoint in ("", checkpoint.identity(folder, place.step)) else None
+    return folder if any(row["step"] >= place.step for row in _metrics(folder / "metrics.jsonl")) else None
 
 
 def _results(path: epath.Path) -> Results | None:

@@ -127,12 +127,10 @@ def run_sections(runs: list[Run]) -> list[Section]:
             smooth = max(len(s.points) for s in data) > 20 and key not in _LINEAR
             note = "The bold line is the moving mean over 5% of the rows." * smooth
             charts.append(Chart(f"training-{key}", title, legend(data), draw, half, note))
-    evaluated = _evaluated(runs)
     head = [Label(name) for name in ("Run", "Steps", "Loss", "Images/s", "Data wait", "Broken images")]
-    out = [
-        Section("Training", [Part("runs", head=head, runs=runs), *([Part("charts", charts=charts)] if charts else [])])
-    ]
-    return out + ([Section("During training", evaluated)] if evaluated else [])
+    training = [Part("runs", head=head, runs=runs), Part("charts", charts=charts)]
+    found = {"Training": training[: 1 + bool(charts)], "During training": _evaluated(runs)}
+    return [Section(title, parts) for title, parts in found.items() if parts]
 
 
 def _evaluated(runs: list[Run]) -> list[Part]:

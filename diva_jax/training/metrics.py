@@ -29,13 +29,11 @@ class Writer:
     ):
         path = epath.Path(workdir) / "metrics.jsonl"
         lines = json_files.read_bytes(path, json_files.MAX_LINES_BYTES).splitlines() if path.exists() else []
-        found = []
-        for line in lines:
-            row = None
-            with contextlib.suppress(ValueError):
-                row = json_files.decoded(line)
-            step_of = row.get("step") if isinstance(row, dict) else None
-            found.append(step_of if type(step_of) is int else None)
+        found: list[int | None] = [None] * len(lines)
+        for i, line in enumerate(lines):
+            with contextlib.suppress(ValueError, TypeError, KeyError):
+                at = json_files.decoded(line)["step"]
+                found[i] = at if type(at) is int else None
         # The last row may have been truncated when the process was killed.
         if odd := sum(at is None for at in found[:-1]):
             log.say(f"{path}: {odd} lines that are no rows of a log are removed")

@@ -226,7 +226,8 @@ def test_runs_of_other_seeds_and_several_checkpoints(tmp_path, data, exported, w
     printed = commands.succeed("evaluate", *args, f"--out={tmp_path / 'out'}")
     assert f"{workdir}: the best of 2 checkpoints in MMVP-VLM, " in printed and "over 3 runs [" in printed
     found = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert found["weights"][1] == dict(label="tuned", members=[{"source": str(o), "step": 5} for o in others])
+    members = [{"source": str(o), "step": 5, "checkpoint": checkpoint.identity(o, 5)} for o in others]
+    assert found["weights"][1] == dict(label="tuned", members=members)
     assert list(found["tasks"]["mmvp"]["weights"]) == [exported.name, "tuned", "tuned:2", "tuned:5"]
     for task, metric, kind in (("mmvp", "pooled_match", "difference"), ("drift", "cosine", "score")):
         compared = {(c["before"], c["after"]): c["scores"] for c in found["tasks"][task]["comparisons"]}

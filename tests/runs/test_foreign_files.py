@@ -213,5 +213,5 @@ def test_what_is_no_image_is_not_read(tmp_path):
 def test_workdirs_that_cannot_be_found_are_left_out(tmp_path, source):
     samples.write_evaluation(tmp_path, [], source, drift=samples.drift_task())
     content = inputs.read(tmp_path)
-    said = f"{source} is no folder here" if source.strip() and ":" not in source and source != "." else None
+    said = f"{source} is not here" if source.strip() and ":" not in source else None
     assert (said in page.html(content, page.sections(content))) if said else not content.missing

@@ -7,10 +7,12 @@ import pytest
 import report_samples as samples
 
 from diva_jax.report import evaluation, inputs, page
+from diva_jax.training import checkpoint
 
 
 def read(folder, **tasks):
     samples.write_evaluation(folder, [], folder, **tasks)
+    (folder / "checkpoints" / "4600").mkdir(parents=True, exist_ok=True)
     return inputs.read(folder)
 
 
@@ -97,6 +99,20 @@ def test_a_run_that_collapses_says_so_beyond_the_bounds_of_the_drift(tmp_path):
     ):
         found = evaluation.alarms(read(tmp_path / "bounds", drift=samples.drift_task(ranks, cosine)))
         assert [a.what for a in found] == titles
+
+
+def test_another_run_of_the_recorded_name_is_not_that_which_was_evaluated(tmp_path):
+    samples.write_run(run := tmp_path / "run", rows=6)
+    results = samples.write_evaluation(out := tmp_path / "out", [], run, mmvp=samples.mmvp_task([]))
+    assert [r.name for r in inputs.read(out).runs] == ["run"]
+    samples.write_run(run, rows=6, total=3000)  # It never got to step 4600.
+    assert not inputs.read(out).runs and inputs.read(out).missing == (str(run),)
+    (run / "checkpoints" / "4600").mkdir(parents=True)
+    for text, known in (("a", 1), ("b", 0)):
+        (run / "checkpoints" / "4600" / "_CHECKPOINT_METADATA").write_text(text)
+        results["weights"][1].setdefault("checkpoint", checkpoint.identity(run, 4600))
+        (out / "results.json").write_text(json.dumps(results))
+        assert len(inputs.read(out).runs) == known
 
 
 @pytest.mark.parametrize("difference", [-3.0, -0.5, 0.5, 3.0])

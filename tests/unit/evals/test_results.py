@@ -26,6 +26,7 @@ from diva_jax.models.backbones import TABLE, Features, build
 from diva_jax.models.backbones.shared.transformer import Text
 from diva_jax.models.layers import Keys
 from diva_jax.training import partition
+from diva_jax.weights import origins
 
 PIECES = ["\r", "\n", "\r\n", '"', "'", ",", ";", "\t", "=", "+", "-", "@", "a", "é", "\x00", "\x1b[31m", " ", "\u2028"]
 
@@ -76,6 +77,19 @@ def test_the_documented_form_is_the_declared_one():
     schema = results_schema.Results.model_json_schema()
     fields = set(schema["properties"]).union(*(form.get("properties", ()) for form in schema["$defs"].values()))
     assert len(fields) > 30 and fields <= set(re.findall(r"\w+", page))
+
+
+def test_weights_are_known_by_their_place_and_not_by_its_spelling(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    split = origins.split_step
+    monkeypatch.setattr(origins, "find", lambda text, _: origins.Place(*split(text), split(text)[0]))
+    monkeypatch.setattr(encode, "each", lambda given, own, *_: [(label, None) for label in own])
+    monkeypatch.setattr(evaluator.Evaluator, "model", lambda *_: None)
+    run = functools.partial(evaluator.run, eval_config(CLIP, "x"), data={})
+    (note,) = run(["clip", "runs/a:2", "./runs/a:4", "runs/a/:6", "runs/b:2"])[0]["notes"]
+    assert note.startswith("runs/a is given at 3 checkpoints")
+    refused("--weights=runs/a/:4 names the same weights as runs/a:4", run, ["clip", "runs/a:4", "runs/a/:4"])
+    refused("names the same weights twice", run, ["clip", "g=runs/a:4,./runs/a:4"])
 
 
 ENDS = {1: [0.5, 3.0], 0: [-1.0, 2.0], -1: [-4.0, -0.2]}
