@@ -5,7 +5,8 @@ line changes single fields (`--config.optim.lr=3e-4`).
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ from ml_collections import ConfigDict
 
 from diva_jax import evals, objectives
 from diva_jax.common import fields
-from diva_jax.common.errors import UserError, brief
+from diva_jax.common.errors import UserError, brief, listing
 from diva_jax.common.fields import Rule, below, between, choice, field, finite, one_of, pair
 from diva_jax.data import images
 from diva_jax.evals.encode import parse_readout
@@ -295,6 +296,19 @@ def validate(config: ConfigDict, devices: int) -> None:
         near = max(1, round(config.batch_size / parts)) * parts
         shares = f"{devices} devices x {config.accum} micro-batches (config.accum)"
         raise UserError(f"config.batch_size={config.batch_size} cannot be divided by {shares}: use {near}")
+
+
+def check_used(config: ConfigDict, trained: Collection[str]) -> None:
+    """A UserError where an option of the optimizer that is not its recipe's has no effect on the parameters that are
+    `trained`: one of the other optimizer, or names of none of them."""
+    given, usual = config.optim, default(objective=config.objective).optim
+    for name in ("momentum",) if given.name == "adamw" else ("b1", "b2", "eps"):
+        if given[name] != usual[name]:
+            problem = f"config.optim.{name}={given[name]} has no effect on config.optim.name={given.name}"
+            raise UserError(f"{problem}: leave it at {usual[name]}, or use the other optimizer")
+    if (names := given.no_decay) not in ("", usual.no_decay) and not any(re.fullmatch(names, n) for n in trained):
+        problem = f"config.optim.no_decay={names!r} matches no parameter that is trained"
+        raise UserError(f"{problem}; these are named like {listing(list(trained)[:3])}")
 
 
 def check_runs(sources: Iterable[str]) -> None:

@@ -49,6 +49,7 @@ class Loss:
         self.config = config
         self._mesh = partition.make_mesh(config.mesh)
         self._program = Program(config, self._mesh)
+        configs.check_used(config, self._program.trained)
         arrays, _ = workdirs.initial_arrays(self._program)
         self.params = {n: arrays[n] for n in self._program.trained}
         self.frozen = {n: arrays[n] for n in self._program.abstract_frozen()}

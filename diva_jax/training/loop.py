@@ -67,6 +67,8 @@ class Run:
         self.program = Program(config, self.mesh, self.workdir)
         self.program.check_exportable()
         self.start = checkpoint.latest_step(self.workdir) or 0
+        if not self.start:
+            configs.check_used(config, self.program.trained)
         self.parent = workdirs.Parent.open(init_from) if init_from and not self.start else None
         self.taken = self.parent.matching(self.program.arrays) if self.parent else []
         self.batches = pipeline.Batches(

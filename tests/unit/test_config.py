@@ -84,7 +84,7 @@ def test_sections():
 
 @pytest.mark.parametrize("name, value", [
     *(("trainable", v) for v in ("abc", (("a",),), (("a", "b"),), ((".*", -1.0),), ((".*", math.nan),), 3)),
-    *(("backbone.mean", v) for v in ((0.5,), (0.1, 0.2, 0.3, 0.4), (0.1, math.nan, 0.2), 0.5)),
+    *(("backbone.mean", v) for v in ((0.5,), (0.1, 0.2, 0.3, 0.4), (0.1, math.nan, 0.2), 0.5, (123.0, 117.0, 104.0))),
     *(("backbone.select", v) for v in ("random:99999999", "runs:0", "random:" + "9" * 5000, "random", "random:")),
     *(("backbone.select", v) for v in ("", "random:0", "all:3", "runs:-1", "first:4")),
     *(("optim." + f, 1.0) for f in ("b1", "b2", "momentum", "warmup")),

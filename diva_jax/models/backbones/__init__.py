@@ -57,8 +57,8 @@ _SELECT = re.compile(r"all|none|(random|runs):[1-9]\d{0,4}")
 _RESIZE_MODE = re.compile(r"(shortest|squash)(:[1-9]\d{0,4})?")
 
 
-def _is_three_numbers(values) -> bool:
-    return len(values) == 3 and all(finite(v) and abs(v) <= 1000 for v in values)
+def _are_levels(values) -> bool:
+    return len(values) == 3 and all(finite(v) and 0 <= v <= 1 for v in values)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,12 +119,12 @@ class Spec:
     mean: tuple[float, ...] = field(
         OPENAI_MEAN,
         "The mean of each channel of images in [0, 1], which is subtracted.",
-        Rule(_is_three_numbers, "must be three numbers, none above 1000"),
+        Rule(_are_levels, "must be three numbers from 0 to 1, as images are in [0, 1]"),
     )
     std: tuple[float, ...] = field(
         OPENAI_STD,
         "The standard deviation of each channel of images in [0, 1], by which they are divided.",
-        Rule(lambda v: _is_three_numbers(v) and min(v) > 0, "must be three numbers above 0, none above 1000"),
+        Rule(lambda v: _are_levels(v) and min(v) > 0, "must be three numbers above 0, none above 1"),
     )
     resize_mode: str = field(
         "shortest",
