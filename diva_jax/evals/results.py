@@ -1,6 +1,7 @@
 """The output of an evaluation: results.json, predictions.csv and the table, see docs/EVALUATION.md; and what a
 comparison of weights says in words: whether the tuned ones see more, and what that cost."""
 
+import contextlib
 import csv
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,7 +12,7 @@ import jinja2
 import pydantic
 
 from diva_jax.common import json_files, log, paths
-from diva_jax.common.errors import RunError, explained
+from diva_jax.common.errors import RunError, UserError, explained, listing
 from diva_jax.common.results_schema import SCHEMA, Comparison, Difference, Results, Score, Summary, Task, Verdict
 from diva_jax.evals.stats import ANSWERS
 
@@ -63,9 +64,11 @@ def about(config, options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def write(folder: Path, results: Mapping[str, Any], rows: Sequence[Mapping]) -> None:
-    """Writes results.json and predictions.csv, each renamed into place when it is complete. A UserError where the
-    folder cannot be written; a RunError after that where scores have not the form of `results_schema.Results`."""
-    extra = dict.fromkeys(key for row in rows for key in row if key not in COLUMNS)
+    """Writes results.json and predictions.csv, each as a whole, and says which evaluation they replace. A UserError
+    where the folder cannot be written; a RunError after that where scores have not the form of `Results`."""
+    extra, earlier = dict.fromkeys(key for row in rows for key in row if key not in COLUMNS), None
+    with contextlib.suppress(UserError):
+        earlier = json_files.read(folder / "results.json", Results, "", None)
     with explained(f"--out={folder} cannot be written", "use a folder with write access and room"):
         with (
             paths.whole_file(folder / "predictions.csv") as temporary,
@@ -80,6 +83,8 @@ def write(folder: Path, results: Mapping[str, Any], rows: Sequence[Mapping]) -> 
                 writer.writerow({k: f"'{v}" if k in formulas else v for k, v in row.items()})
         content = json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False)
         paths.write_whole(folder / "results.json", content.encode("utf-8", "backslashreplace"))
+    if earlier:
+        log.say(f"{folder}: this replaces the evaluation of {listing(earlier.labels)} from {earlier.created}")
     try:
         Results.model_validate(results)
     except pydantic.ValidationError as e:
@@ -134,8 +139,7 @@ def _gains(tasks: Mapping[str, Task], c: Mapping[str, Comparison], verdicts: Seq
 
 
 def summaries(content: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """`summary` of results.json from its `tasks`: an entry for each comparison with pairs and matches, those of tuned
-    weights first, those of controls with the reference last."""
+    """`summary` of results.json from its `tasks`: each comparison with pairs and matches, those of controls last."""
     try:
         tasks = {name: Task.model_validate(task) for name, task in content.items()}
     except pydantic.ValidationError:  # `write` says so after it has written the files.

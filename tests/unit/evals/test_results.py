@@ -56,14 +56,15 @@ def test_csv_readers_get_back_what_was_written(tmp_path, seed):
     assert json.loads((tmp_path / "results.json").read_text("utf-8"))["tasks"].keys() == {*texts, name}
 
 
-def test_what_the_report_could_not_show_is_an_error(tmp_path):
+def test_what_the_report_could_not_show_is_an_error(tmp_path, capsys):
     """Of the run, after the files are written; a verdict on something unknown is one of the form."""
     wrong = content(tmp_path / "sample", ["mine"])
     wrong["tasks"]["mine"]["comparisons"][0]["scores"]["cosine"]["score"] = "0.9"
     failed(r"tasks\.mine\.comparisons\.0\.scores\.cosine\.score\.score is '0\.9'", results.write, tmp_path, wrong, [])
     assert json.loads((tmp_path / "results.json").read_text()) == wrong
     good = samples.write_evaluation(tmp_path, [], mmvp=samples.pairs_task(ENDS[1], ENDS[0]))
-    results_schema.Results.model_validate(good)
+    results.write(tmp_path, good, [])
+    assert f"replaces the evaluation of openai, runs/vitl14:4600 from {good['created']}" in capsys.readouterr().out
     for change in ({"task": "x"}, {"pairs": "x"}, {"matches": "x"}):
         summary = good["summary"][0] | {"verdicts": [good["summary"][0]["verdicts"][0] | change]}
         with pytest.raises(ValueError, match="a verdict on"):
