@@ -267,8 +267,8 @@ def faithful(config: ConfigDict) -> ConfigDict:
 
 
 def validate(config: ConfigDict, devices: int) -> None:
-    """Checks what can be checked before anything is loaded, for this number of devices in the whole run: a UserError
-    for an unknown field, or values that do not fit together."""
+    """Checks a config before anything is loaded, for this number of devices in the whole run: a UserError for an
+    unknown field, or values that do not fit together."""
     method, section = objectives.find(config.objective), objectives.section(config.objective)
     if section not in config:
         problem = f"config.objective={config.objective} has no section config.{section}"
@@ -299,16 +299,13 @@ def validate(config: ConfigDict, devices: int) -> None:
 
 
 def check_used(config: ConfigDict, trained: Collection[str]) -> None:
-    """A UserError where an option of the optimizer that is not its recipe's has no effect on the parameters that are
-    `trained`: one of the other optimizer, or names of none of them."""
+    """A UserError where an option of the optimizer that is not its recipe's has no effect on the `trained` names."""
     given, usual = config.optim, default(objective=config.objective).optim
-    for name in ("momentum",) if given.name == "adamw" else ("b1", "b2", "eps"):
-        if given[name] != usual[name]:
-            problem = f"config.optim.{name}={given[name]} has no effect on config.optim.name={given.name}"
-            raise UserError(f"{problem}: leave it at {usual[name]}, or use the other optimizer")
-    if (names := given.no_decay) not in ("", usual.no_decay) and not any(re.fullmatch(names, n) for n in trained):
-        problem = f"config.optim.no_decay={names!r} matches no parameter that is trained"
-        raise UserError(f"{problem}; these are named like {listing(list(trained)[:3])}")
+    idle = ["momentum"] if given.name == "adamw" else ["b1", "b2", "eps"]
+    idle += [] if any(re.fullmatch(given.no_decay, name) for name in trained) else ["no_decay"]
+    if unused := [f"config.optim.{name}={given[name]!r}" for name in idle if given[name] not in ("", usual[name])]:
+        what = f"{given.name} of parameters that are named like {listing(list(trained)[:3])}"
+        raise UserError(f"{unused[0]} has no effect on {what}: correct it, or leave it out")
 
 
 def check_runs(sources: Iterable[str]) -> None:

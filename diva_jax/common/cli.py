@@ -63,9 +63,8 @@ class _TupleParser(tuple_parser.TupleParser):
         except ValueError:
             if argument.lstrip()[:1] in ("(", "[", "'", '"'):
                 raise
-            own = re.search(r"(?<![^,\s])[\w.]+=[\w-]+=", argument)
-            ends = (argument[: own.start()], argument[own.start() :]) if own else (argument, "")
-            return tuple(part.strip() for part in (*ends[0].split(","), ends[1]) if part.strip())
+            parts = re.findall(r"\s*[\w.]+=[\w-]+=.*|[^,]+", argument)
+            return tuple(part.strip() for part in parts if part.strip())
 
 
 class _ConfigParser(flags.ArgumentParser):
@@ -184,9 +183,8 @@ def _send(number: signal.Signals, handled: int) -> None:
 
 
 def _on_unraisable(lost) -> None:
-    """Handles an exception where nothing could catch it, such as in a callback of the garbage collector. A signal's is
-    raised again a moment later. Threads of a save that failed leave errors of their closed event loop; the failure
-    itself is reported where it is waited for."""
+    """Handles an exception where nothing could catch it, such as in a callback of the garbage collector: a signal's is
+    raised again a moment later. A save that failed, which is reported elsewhere, leaves errors of its event loop."""
     if lost.exc_type in _SIGNALS:
         threading.Thread(target=_send, args=(_SIGNALS[lost.exc_type][0], len(_handled)), daemon=True).start()
     elif "Event loop is closed" not in str(lost.exc_value):
@@ -232,9 +230,8 @@ def _unexpected(e: BaseException) -> tuple[int, str]:
         trace = f"the full trace is in {file.name}"
     except OSError as lost:
         trace = f"the full trace could not be written ({lost})"
-    if where := place(e):
-        return 1, f"error: {where}: {said}; {trace}"
-    return 1, f"error: unexpected ({said}): {trace}, please report it"
+    where = place(e)
+    return 1, f"error: {where}: {said}; {trace}" if where else f"error: unexpected ({said}): {trace}, please report it"
 
 
 def run(main: Callable[..., None], arguments: Sequence[str] = (), described: Describe | None = None) -> None:

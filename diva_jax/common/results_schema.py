@@ -65,9 +65,8 @@ class Difference(_WithInterval):
 
     @property
     def sign(self) -> int:
-        """1 where zero is below the interval over items and, with runs, the one over runs; -1 above both; else 0. A
-        single point counts as an interval over items where McNemar's test excludes chance, and never as one over runs.
-        """
+        """1 where zero is below the interval over items and, with runs, the one over runs; -1 above both; else 0. Of
+        items, not of runs, a single point counts as an interval too where McNemar's test excludes chance."""
         intervals = [self.interval, self.runs_interval] if self.runs or self.runs_interval else [self.interval]
         tested = self.mcnemar is not None and self.mcnemar.p < 0.05
         if not all(ends and ends[0] < ends[1] for ends in intervals[self.all_agree and tested :]):
@@ -197,8 +196,7 @@ class Task(Record):
 
 
 class Source(Record):
-    """A set of weights: its label, where it came from, and of a run the step of its checkpoint and `checkpoint`, the
-    SHA-256 of what that says of itself; or the runs of a group."""
+    """A set of weights: label, source, and of a run its checkpoint's step and SHA-256; or the runs of a group."""
 
     label: str = ""
     source: str | None = None

@@ -45,9 +45,8 @@ def labels_of(sources: Sequence[str], steps: Sequence[int | None]) -> list[str]:
 class Evaluator:
     """Tasks on a mesh: tables and lists are checked when it is built, towers are compiled once, for all weights.
 
-    `data` is task, a name or a dotted path -> where its data is. `tasks` are by short name, in order; `options` are
-    those that the scores depend on, for results.json. `workdir` is that of a run that trains meanwhile. A UserError
-    where a task, an option or its data is wrong."""
+    `data` is task, a name or a dotted path -> where its data is. `tasks` are by short name, in order; `options`, for
+    results.json; `workdir` is that of a run that trains meanwhile. A UserError where one of these is wrong."""
 
     def __init__(self, config, mesh, data: Mapping[str, str], workdir: epath.Path | None = None):
         self.config, self.mesh = config, mesh
@@ -67,8 +66,7 @@ class Evaluator:
         self._ids, self._embeddings, self._before = {}, {}, None
 
     def _texts(self, encoder: Encoder) -> np.ndarray:
-        """The embeddings of all texts of the tasks, from the text tower of the encoder; that of a source is loaded and
-        then freed, and its embeddings are kept."""
+        """The embeddings of all texts of the tasks by the encoder's text tower; those of a source's tower are kept."""
         if not self._rows:
             return np.zeros((0, 0), np.float32)
         source, spec = encoder.source, self.towers.spec
@@ -99,8 +97,7 @@ class Evaluator:
         `towers` is tower -> name -> array, see `Objective.towers`; `params` has every parameter of the objective, for
         tasks that score it. Keys are those of `Task.scalars`, usually `eval/<task>/<metric>`, and for a task with
         `compared_in_training` `eval/<task>/<metric>_change`, or the metric's name for a comparison that is itself the
-        score, such as drift's cosine; each also with `/low` and `/high` where it has an interval. Values are in the
-        metric's unit. Every process of a run must call this."""
+        score, such as drift's cosine; each also with `/low` and `/high`, its interval. Every process must call this."""
         source, out, notes = self.config.backbone.source, {}, []
         compared = {name: task for name, task in self.tasks.items() if task.compared_in_training}
         if self._before is None and compared:

@@ -21,9 +21,11 @@ _GROUP = re.compile(r"([\w.-]+)=(.+)")
 
 def parse(text: str) -> tuple[str, list[str]]:
     """`tuned=runs/s0,runs/s1` -> ("tuned", ["runs/s0", "runs/s1"]); a single source -> ("", [source]). A UserError
-    where a group has fewer than two sources, or one of them twice."""
-    found = _GROUP.fullmatch(text)
-    if not found or Path(origins.split_step(text)[0]).exists():
+    where a group has fewer than two sources, or one of them twice, and for several without a name."""
+    found, there = _GROUP.fullmatch(text), Path(origins.split_step(text)[0]).exists()
+    if "," in text and not found and not there:
+        raise UserError(f"--weights={text} does not exist: give the flag once for each, or write NAME=WORKDIR,WORKDIR")
+    if not found or there:
         return "", [text]
     name, sources = found[1], [s for s in found[2].split(",") if s]
     if len(set(sources)) < max(2, len(sources)):
@@ -50,10 +52,8 @@ def check(name: str, members: Sequence[origins.Place]) -> None:
 
 
 def student(after: Sequence[float], before: Sequence[float] = (0.0,)) -> list[float] | None:
-    """Student's 95% interval of the difference of two means over runs, with Welch's degrees of freedom.
-
-    A side with a single value counts as known exactly. Returns [low, high], or None where no side has two values that
-    differ: their spread, and with it chance, is not known."""
+    """Student's 95% interval [low, high] of the difference of two means over runs, with Welch's degrees of freedom. A
+    side with a single value counts as known exactly; None where no side has two values that differ."""
     from scipy.special import stdtrit
 
     sides = [np.asarray(side, np.float64) for side in (after, before)]
@@ -116,8 +116,7 @@ def compare(task: Task, before: Sequence[Outcome], after: Sequence[Outcome]) -> 
 
 def largest_by_chance(changes: np.ndarray, clusters: np.ndarray, resamples: int, seed: int) -> np.ndarray:
     """The largest of K mean changes under the hypothesis that none of them is real, [resamples], from `changes` [K, N],
-    what each item adds to each. Before and after are exchanged for each cluster of items (labels [N]), for all K at
-    once, so that checkpoints which answer alike stay alike."""
+    what each item adds to each. Before and after are exchanged for each cluster of items (labels [N]), in all K."""
     _, index = np.unique(clusters, return_inverse=True)
     sums = np.stack([np.bincount(index, row) for row in changes], axis=1)  # [clusters, K]
     rng, chunk, out = np.random.default_rng(seed), max(1, _MAX_SIGNS // len(sums)), []
@@ -131,8 +130,7 @@ def best_notes(
     tasks: Mapping[str, Task], outcomes: Sequence, runs: Mapping[str, Sequence[str]], chosen: bool, settings: Settings
 ) -> list[str]:
     """A sentence for every run with several checkpoints (workdir -> their labels): with `chosen` about its best, in the
-    first task, else that it has no claim. `outcomes` are (label, task -> outcome); those of the first label, a group if
-    there are several, are the reference."""
+    first task, else that it has no claim. `outcomes` are (label, task -> outcome), first those of the reference."""
     several = {run: labels for run, labels in runs.items() if len(labels) > 1}
     if not chosen:
         return [

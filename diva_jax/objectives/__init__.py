@@ -42,6 +42,8 @@ def find(name: str) -> ModuleType:
     kind = module.Objective
     if not (isinstance(kind, type) and issubclass(kind, Objective)):
         raise UserError(f"config.objective={name!r}: its Objective must be a subclass of diva_jax.objectives.Objective")
+    if callable(inspect.getattr_static(kind, "inputs")):
+        raise UserError(f"config.objective={name!r}: its inputs is a method: write @property above it")
     problem = f"config.objective={name!r}: its Objective must be made as Objective(config, rngs=rngs)"
     with explained(problem, "correct its __init__", TypeError):
         inspect.signature(kind.__init__).bind(None, None, rngs=None)

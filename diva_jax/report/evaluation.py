@@ -1,5 +1,4 @@
-"""The report's sections on evaluation results: scores, patterns, timesteps and flipped items; and the strip at the top
-of the page, what is wrong or in doubt in an evaluation or a run."""
+"""The report's sections on evaluation results; and the strip at the top of the page, what is wrong or in doubt."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -278,7 +277,7 @@ def alarms(inputs: Inputs) -> list[Finding]:
                 kind = "doubt" if i == 0 and len(task.weights) > 1 else "bad"
                 out += _noise(label, {m: s.known_interval or s.runs_interval for m, s in scores.items()}, kind)
         out += _comparisons(inputs.results)
-        out += [Finding("Several checkpoints of one run", f"{note}.", "doubt") for note in inputs.results.notes]
+        out += [Finding("About the weights", f"{note}.", "doubt") for note in inputs.results.notes]
     lost = (
         "is not here (or another run is), so that its curves are missing: start the report where evaluate was started"
     )

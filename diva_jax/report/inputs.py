@@ -49,15 +49,14 @@ class Run(NamedTuple):
 
     @property
     def stages(self) -> list[tuple[str, int]]:
-        """(name, number of steps until its end) of each stage; of an objective of the user's own one of `config.steps`,
-        and nothing where the config does not say it."""
+        """(name, steps until its end) of each stage; of an objective of the user's own, if known, one of all steps."""
         from diva_jax import objectives  # Here, because jax is slow to import.
 
         name, steps = str(self.config.get("objective")), self.config.get("steps")
         with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError, OverflowError, UserError):
             if "." not in name or config_files.is_own(name):
                 return [(stage.name, int(stage.end)) for stage in objectives.stages(ConfigDict(self.config))]
-        return [(name, int(steps))] if _usable(steps) else []
+        return [(name, int(steps))] if finite(steps) else []
 
     @property
     def total(self) -> int | None:
@@ -66,7 +65,8 @@ class Run(NamedTuple):
 
     def curve(self, key: str) -> list[tuple[float, float]]:
         """Returns [(step, value)] of one key, finite values only."""
-        return [(row["step"], float(row[key])) for row in self.rows if _usable(row.get(key))]
+        found = [(row["step"], float(row[key])) for row in self.rows if finite(row.get(key))]
+        return [(step, value) for step, value in found if abs(value) < LARGEST_NUMBER]  # Charts can show no larger one.
 
     def last(self, key: str) -> float | None:
         """Returns the last finite value of one key."""
@@ -182,8 +182,3 @@ def _metrics(path: epath.Path) -> list[dict[str, Any]]:
             raise UserError(f"{path}, line {number} has no step, so it is not a row of a training log: remove it")
         rows.append(row)
     return sorted(rows, key=lambda row: row["step"])
-
-
-def _usable(value: Any) -> bool:
-    """Whether a value is a number that charts can show."""
-    return finite(value) and abs(value) < LARGEST_NUMBER

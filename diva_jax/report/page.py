@@ -1,5 +1,4 @@
-"""The HTML page: what is wrong, the main results, contents, the sections, those of runs and the configs among them. It
-loads no other files."""
+"""The HTML page, which loads no other files: what is wrong, the main results, contents, and the sections."""
 
 import json
 from functools import partial
@@ -21,15 +20,13 @@ from diva_jax.report.inputs import Inputs, Run
 from diva_jax.report.wording import Finding
 
 _CHANGED = ": what differs from the defaults"
-# Key of metrics.jsonl -> (title, whether the chart takes half of a wide page), in order of importance.
+# Key of metrics.jsonl -> (title, whether it is read against zero, in half of a wide page), in order of importance.
 _CURVES = {
     "loss": ("Loss", False),
     "grad_norm": ("Gradient norm before clipping", False),
     "lr": ("Learning rate", True),
     "images_per_s": ("Images per second", True),
 }
-# Schedules and speeds are read against zero.
-_LINEAR = ("lr", "images_per_s")
 # Prefixes of keys from evaluations during training, and suffixes of the ends of their intervals.
 _EVALUATED = ("eval/", "feedback/")
 _ENDS = ("/low", "/high")
@@ -123,8 +120,8 @@ def run_sections(runs: list[Run]) -> list[Section]:
     marks = [(end, f"end of stage {name}") for name, end in first.stages[:-1] if 0 < end < first.rows[-1]["step"]]
     for key, (title, half) in _CURVES.items():
         if data := [Series(r.name, r.index, r.curve(key)) for r in runs if r.curve(key)]:
-            draw = partial(curves, data=data, x_title="step", marks=marks, linear=key in _LINEAR)
-            smooth = max(len(s.points) for s in data) > 20 and key not in _LINEAR
+            draw = partial(curves, data=data, x_title="step", marks=marks, linear=half)
+            smooth = max(len(s.points) for s in data) > 20 and not half
             note = "The bold line is the moving mean over 5% of the rows." * smooth
             charts.append(Chart(f"training-{key}", title, legend(data), draw, half, note))
     head = [Label(name) for name in ("Run", "Steps", "Loss", "Images/s", "Data wait", "Broken images")]

@@ -14,9 +14,8 @@ _NO_BREAK_SPACE = "\u00a0"
 
 
 class Finding(NamedTuple):
-    """A result for the header of the page: what was measured, the conclusion, CSS classes, see `direction`, which are
-    "" without an interval, and the values. Of an alarm, without values, the class is "bad", or "doubt" where the data
-    do not show an effect."""
+    """A result for the header of the page: what was measured, the conclusion, CSS classes, see `direction`, and the
+    values. Of an alarm, without values, the class is "bad", or "doubt" where the data do not show an effect."""
 
     what: str
     meaning: str
@@ -41,9 +40,8 @@ def compact(value: float, digits: int = 3, zeros: bool = False) -> str:
 
 
 def places(values: Iterable[float | None], unit: str) -> int | None:
-    """The decimals with which all numbers of a row (scores, differences, ends of intervals) are written, so that they
-    can be compared digit by digit. "%" has one, other units as many as give the largest value three significant digits;
-    None where they would be more than six."""
+    """The decimals with which all numbers of a row (scores, differences, ends of intervals) are written: "%" has one,
+    other units as many as give the largest value three significant digits; None where they would be more than six."""
     if unit == "%":
         return 1
     largest = max((abs(v) for v in values if v is not None), default=0)

@@ -51,9 +51,8 @@ class Run:
     """One training run of a config, as `config.default` returns it, in a workdir for config.json, checkpoints,
     metrics.jsonl and TensorBoard events, a path or gs://..., checked and ready to load its weights. `init_from`:
     WORKDIR or WORKDIR:STEP of another run, from which parameters of the same name and shape are taken instead of from
-    their sources; a run that resumes does not read it. `saved`: a folder that `python -m diva_jax.aot --save` wrote, of
-    the user's own: its executables are run. A UserError where the config, the data or the workdir is invalid; nothing
-    in the workdir is changed then."""
+    their sources; a run that resumes does not read it. `saved`: a folder of the user's own, of executables that `python
+    -m diva_jax.aot --save` wrote. A UserError, before the workdir is changed, where something given is invalid."""
 
     def __init__(self, config, workdir: epath.PathLike, init_from: str | None = None, saved: str | None = None):
         self.config, self.workdir = config, paths.folder(workdir, "--workdir")
@@ -118,6 +117,9 @@ class Run:
             *([f"latents from {c.data.latents}"] if c.data.latents else []),
             f"writes to {self.workdir}",
         ]
+        heads = [{name.partition("/")[0] for name in names} for names in (self.program.arrays, objective.pretrained())]
+        if "vision" in heads[0] - heads[1]:
+            lines.append("note: vision begins with random weights, as pretrained() names no source for it")
         if epochs > _MANY_EPOCHS:
             lines.append(f"note: every image is seen {epochs:.3g} times; use more images, or fewer config.steps")
         return "\n".join(lines)
@@ -179,10 +181,9 @@ class Run:
 
     def run(self) -> bool:
         """Trains to the end, or to SIGTERM or the first SIGINT; saves in each case. Returns whether the run is
-        finished, with its last evaluation. If it is not, `stopped_by` is the signal. A UserError where weights are
-        missing, invalid, or of another architecture. A RunError where the loss or gradient is not finite, too many
-        images cannot be read, a checkpoint cannot be written, or another process is lost; the last checkpoint is kept.
-        """
+        finished, with its last evaluation; if not, `stopped_by` is the signal. A UserError where weights are missing or
+        invalid. A RunError, with the last checkpoint kept, where the loss or gradient is not finite, too many images
+        cannot be read, a checkpoint cannot be written, or another process is lost."""
         c, first, done = self.config, jax.process_index() == 0, self.workdir / "done"
         if self.finished:
             return True
@@ -254,8 +255,7 @@ class Run:
         return batch
 
     def _evaluate(self) -> None:
-        """Evaluates the current weights, or their moving average, if it is time; training goes on as without. What a
-        signal breaks off is made when the run is started again."""
+        """Evaluates the current weights, or their moving average, if it is time, or a signal has broken that off."""
         last, every = self.step == self.total, self.config.eval.every
         self.evaluation_due = self.evaluator is not None and (last or self.step % every == 0)
         if not self.evaluation_due or self.preempted:

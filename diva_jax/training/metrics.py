@@ -42,10 +42,9 @@ class Writer:
         self._mirror, self._opened = paths.Mirror(path.parent), contextlib.ExitStack()
         self._opened.callback(self._mirror.close)
         local, printed = self._mirror.local, path.parent / "log.txt"
-        if not (local / path.name).exists():
-            (local / path.name).write_bytes(b"".join(kept))
-        if printed.exists() and not (local / printed.name).exists():
-            (local / printed.name).write_bytes(printed.read_bytes())
+        for file in (path, printed):
+            if file.exists() and not (local / file.name).exists():
+                (local / file.name).write_bytes(file.read_bytes())
         self._file = self._opened.enter_context(open(local / path.name, "a", buffering=1))
         self._began = time.monotonic()
         sessions = path.parent / "sessions.json"
@@ -99,8 +98,7 @@ class Writer:
 class Progress:
     """Collects the steps' metrics, checks that they are finite, and reports every `every` steps to the writer, if any.
     The metrics of a step are fetched after the next step has been started, so that the device does not wait. `images`
-    is their number per step; `utilisation` gives the MFU of a step at one image per second, None where the chip's peak
-    is not known."""
+    is their number per step; `utilisation` gives the MFU of a step at one image per second, None if it is not known."""
 
     def __init__(self, writer: Writer | None, start: int, total: int, every: int, images: int, utilisation=None):
         self._writer, self._total, self._every, self._images = writer, total, every, images

@@ -146,8 +146,7 @@ def write_config(workdir: epath.PathLike, config) -> None:
 
 
 def seen(path: epath.Path) -> int | None:
-    """The checksum of a file that process 0 has just written, as soon as it is seen here; None where it never is,
-    because the folder is not shared."""
+    """The checksum of a file that process 0 has just written, once it is seen; None if the folder is not shared."""
     until = time.monotonic() + _VISIBLE_WITHIN_S
     while not path.exists():
         if time.monotonic() > until:
@@ -167,8 +166,9 @@ def check_sources(there: dict, here: dict) -> None:
 def read_config(workdir: epath.PathLike, field: str = "--workdir") -> ConfigDict:
     """The config of a run in its workdir; a UserError where there is no run, or it names code that is not trusted."""
     found = _run_config(paths.folder(workdir, field))
-    if found is None:
-        raise UserError(f"{field}={workdir} holds no run: give the --workdir of python -m diva_jax.main")
+    if found is None or "model_type" in found:  # An export for transformers has a config.json too.
+        advice = "give that of python -m diva_jax.main (export_torch: a step as --step=STEP, other weights as --source)"
+        raise UserError(f"{field}={workdir} holds no run: {advice}")
     config_files.check_stored(found, f"{field}={workdir}: config.json")
     # A ConfigDict raises these errors for names that no field can have.
     with explained(f"{field}={workdir}: config.json is not the config of a run", "restore it", *_NO_CONFIG):
@@ -260,8 +260,7 @@ class RunAt:
 
     @classmethod
     def open(cls, workdir: epath.PathLike, step: int | None = None) -> "RunAt":
-        """Reads a run at a step, default the newest; a UserError without that checkpoint, or where it is damaged or
-        `config.json` is that of another run."""
+        """Reads a run at a step, default the newest; a UserError where it is damaged, or of another `config.json`."""
         config = read_config(workdir)
         while True:
             chosen = choose_step(workdir, step)

@@ -237,7 +237,8 @@ def weights_in(folder: Path, *stems: str) -> Tensors:
             return open_file(path)
         shards = _shards(path)
         return Tensors({n: t for shard in shards for n, t in open_file(shard).items()}, shards)
-    raise UserError(f"{folder} has no weights ({' or '.join(stems)}.safetensors or .bin): fetch them again")
+    advice = next((f"give the file itself, {file}" for file in sorted(folder.glob("*.pth"))), "fetch them again")
+    raise UserError(f"{folder} has no weights ({' or '.join(stems)}.safetensors or .bin): {advice}")
 
 
 def fingerprint(files: list[Path]) -> str:

@@ -212,8 +212,7 @@ def architectures() -> dict[str, ModuleType]:
 
 
 def architecture(name: str, where: str = "backbone") -> ModuleType:
-    """The module of an architecture, of what `where` describes; a UserError lists those that exist where there is none
-    of this name."""
+    """The module of an architecture, that of what `where` describes; a UserError where there is none of this name."""
     if name not in architectures():
         raise UserError(f"{where}.arch={name!r} is no known architecture: use one of {listing(list(architectures()))}")
     return architectures()[name]

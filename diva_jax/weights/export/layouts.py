@@ -61,8 +61,7 @@ def with_tokenizer(source: ClipSource, spec: Spec, folder: str) -> ClipSource:
 
 
 def tokenizer_of(source: ClipSource, spec: Spec) -> tokenizers.Tokenizer | None:
-    """The tokenizer of a source, as the text tower is evaluated with it, or None; a UserError where its files are
-    broken, or it has more tokens than the text tower."""
+    """The tokenizer of a source, as evaluations use it, or None; a UserError where it does not fit the text tower."""
     if not spec.has_text or _lacks(source, spec):
         return None
     return tokenizers.open_tokenizer(spec.text, source.tokenizer[0].parent)
@@ -110,14 +109,14 @@ def _cast(name: str, t, dtype: np.dtype, where: str) -> Tensor:
 def whole_model(source: ClipSource, spec: Spec, dtype: str, text: bool) -> Tensors:
     """The tensors of an export of `spec` under open_clip's names, positions interpolated to it, each lazily cast to
     `dtype`. With `text`, the text tower, if there is one, and the other parameters of the whole model are included. A
-    UserError where the source is another model, or a required part is missing; when values are read, where a tensor is
-    not of floats, or not finite."""
+    UserError where the source is another model or lacks a part; when values are read, where one is no finite float."""
     others, wanted = backbones.architecture(spec.arch).CHECKPOINT.others, {}
+    lacking = ["text tower"] * (spec.has_text and not source.has_text)
+    if text and (lacking := [*lacking, *(n for n in others if n not in source.tensors)]):
+        raise UserError(f"{source.where} has no {listing(lacking)}: only --format=pt can be written")
     for tower in ("vision", "text") if text and spec.has_text else ("vision",):
         opened = parts.open_tower(tower, source, spec)
         wanted |= {n: opened.tensors[n] for n in opened.table.names(names.abstract(tower, spec))}
-    if text and (missing := [n for n in others if n not in source.tensors]):
-        raise UserError(f"{source.where} has no {listing(missing)}: only --format=pt can be written")
     wanted |= {n: source.tensors[n] for n in others if n in source.tensors and (text or n.startswith("visual."))}
     cast = {n: _cast(n, t, np.dtype(getattr(jnp, dtype)), source.where) for n, t in wanted.items()}
     return Tensors(cast, source.tensors.files)
@@ -298,9 +297,8 @@ def export(
 ) -> None:
     """Writes `source` in one of `FORMATS` and `DTYPES` to `out`, which appears when it is complete and verified. `card`
     is the content of README.md; `hub` the repository that it is pushed to, or "". One image and one text go through the
-    library that the export is for, if it is installed. A UserError as of `whole_model`, where `out` exists and is not
-    empty, or the format does not support this model; a RunError where the written files differ from the weights, or the
-    library computes other embeddings."""
+    library that the export is for, if it is installed. A UserError as of `whole_model`, where `out` is not empty, or
+    the format does not support this model; a RunError where the files or the library's embeddings are other ones."""
     tensors = whole_model(source, spec, dtype, text=fmt != "pt")
     torch = formats.import_torch("--format=pt") if fmt == "pt" else None
 

@@ -117,7 +117,7 @@ def test_checkpoint_to_open_clip(run, source, tmp_path, capsys):
 
 def test_bad_workdirs(run, tmp_path, monkeypatch):
     workdir, _ = run
-    refused("holds no run", origins.open_run, tmp_path)
+    refused("holds no run: .*--step=STEP, other weights as --source", origins.open_run, tmp_path)
     refused(r"--step=3 has no checkpoint in .*: use one of 7", origins.open_run, workdir, 3)
     refused("--weights=.*:3 has no checkpoint in .*: use one of 7", origins.find, f"{workdir}:3", "--weights")
     refused("--weights='.*/none' does not exist", origins.find, str(tmp_path / "none"), "--weights")

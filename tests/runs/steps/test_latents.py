@@ -191,7 +191,9 @@ def test_what_is_refused(files, cache, tmp_path, monkeypatch):
     monkeypatch.setattr(cache_builder, "write_shard", full)
     failed(r"00000-of-00005.* cannot be written .*No space left.* the same command", builder.run)
     run = loop.Run(run_config(files, cache), tmp_path / "good")
-    assert f"latents from {cache}" in run.describe()
+    assert f"latents from {cache}" in run.describe() and "random weights" not in run.describe()
+    with mock.patch.object(type(run.program.objective), "pretrained", lambda self: {}):
+        assert "note: vision begins with random weights" in run.describe()
     run.batches.close()
     says = r"made with other settings: dtype \('float32' there, 'bfloat16' here\)"
     refused(says, loop.Run, run_config(files, cache, dtype="bfloat16"), tmp_path / "run")

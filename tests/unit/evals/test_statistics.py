@@ -172,6 +172,7 @@ def test_how_a_group_is_written(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a=b,c").mkdir()
     assert {text: list(seeds.parse(text)) for text in NAMED} == NAMED
+    refused("--weights=runs/a,runs/b does not exist: give the flag once for each", seeds.parse, "runs/a,runs/b")
     for text in ("t=runs/a", "t=runs/a,", "t=runs/a,runs/a", "t=runs/a,runs/b,runs/a"):
         refused("must name two runs or more, each once", seeds.parse, text)
 

@@ -89,6 +89,7 @@ WRONG = {
     "x = 1": "is not an objective: the module does not define Objective",
     "Objective = 3": "must be a subclass of diva_jax.objectives.Objective",
     "class Objective: pass": "must be a subclass of diva_jax.objectives.Objective",
+    "from diva_jax import objectives as o\nclass Objective(o.Objective):\n def inputs(self): 0": "write @property",
     "from diva_jax import objectives as o\nclass Objective(o.Objective):\n def __init__(self): 0": "must be made as",
 }
 

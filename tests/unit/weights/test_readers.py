@@ -30,12 +30,12 @@ from diva_jax.weights import formats, names, origins
 
 def test_missing_shards_and_the_fingerprint_of_contents_and_order(tmp_path):
     index = {"weight_map": {"a": "m-00001-of-00002.safetensors", "b": "m-00002-of-00002.safetensors"}}
-    trees.change(tmp_path, {"m.safetensors.index.json": json.dumps(index), "a": "1", "b": "2", "c": "1"})
+    trees.change(tmp_path, {"m.safetensors.index.json": json.dumps(index), "a": "1", "b": "2", "c": "1", "t.pth": ""})
     formats.write_safetensors(tmp_path / "m-00001-of-00002.safetensors", {"a": np.float32(3)})
     refused("m-00002-of-00002.safetensors, which is missing", formats.weights_in, tmp_path, "m")
     (tmp_path / "m.safetensors.index.json").write_text("{")
     refused("JSON", formats.weights_in, tmp_path, "m")
-    refused("has no weights", formats.weights_in, tmp_path, "other")
+    refused("has no weights .*: give the file itself, .*/t.pth", formats.weights_in, tmp_path, "other")
     a, b, c, ab, ba = (formats.fingerprint([tmp_path / n for n in names]) for names in ("a", "b", "c", "ab", "ba"))
     assert a == c != b and len(a) == 64 and ab != ba
 
