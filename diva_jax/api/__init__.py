@@ -16,7 +16,7 @@ from diva_jax.common import config_files, fields as declarations, paths
 from diva_jax.common.errors import UserError, brief, explained, listing, printable
 from diva_jax.data.images import sample_box
 from diva_jax.data.inputs import Example
-from diva_jax.data.sources import listed
+from diva_jax.data.sources import caption, listed
 from diva_jax.evals import Settings, evaluator, results, seeds
 from diva_jax.models import backbones
 from diva_jax.objectives import Progress
@@ -80,7 +80,7 @@ class Loss:
             raise UserError("Loss.batch reads no cache: give fields={'data.latents': ''}, for what it holds")
         texts = [None] * len(images) if texts is None else list(texts)
         needing = [name for name, i in self._inputs.items() if i.needs_text]
-        if len(texts) != len(images) or (needing and not all(isinstance(t, str) and t for t in texts)):
+        if len(texts) != len(images) or (needing and not all(isinstance(t, str) and t.strip() for t in texts)):
             what = listing(needing) or "a batch"
             raise UserError(f"{len(images)} images need as many texts, each a str and none empty, for {what}")
         c, rows = self.config.data.crop, []
@@ -89,7 +89,7 @@ class Loss:
             box = sample_box(rng, *image.size, tuple(c.scale), tuple(c.ratio))
             one = text is None or isinstance(text, str)
             try:
-                example = Example(image, text if one else None, box, rng, texts=None if one else listed(text))
+                example = Example(image, caption(text) if one else None, box, rng, texts=None if one else listed(text))
             except ValueError as e:
                 raise UserError(f"image {i}: {e}") from e
             for choice in (made.alternatives for made in self._inputs.values() if hasattr(made, "alternatives")):

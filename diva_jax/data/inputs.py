@@ -18,7 +18,7 @@ from pydantic import Field
 from diva_jax.common import json_files
 from diva_jax.common.errors import UserError
 from diva_jax.data import images, labelled, latent_cache
-from diva_jax.data.sources import Record
+from diva_jax.data.sources import Record, captions
 from diva_jax.data.tokenizers import Tokenizer
 
 LEXICON = Path(__file__).with_name("edits.json")
@@ -59,7 +59,7 @@ def common(texts: Sequence[str]) -> str:
 @dataclasses.dataclass(frozen=True)
 class Alternatives:
     """(record, generator) -> (at most `count` texts, the neutral text), or None where the record has no texts, which
-    does not depend on the generator. With `of_caption`, the neutral text is the record's caption, else that of a
+    does not depend on the generator. With `of_caption`, the neutral text is a caption of the record, else that of a
     subclass's `choose`, which takes and returns the same. `wanted` says what a record needs; `listed` is whether that
     is its list `texts`. `every` has all texts that there can be, neutral ones too, where no record changes them."""
 
@@ -72,13 +72,14 @@ class Alternatives:
     def __call__(self, record: Record, rng: np.random.Generator) -> tuple[list[str], str] | None:
         if not self.of_caption:
             return self.choose(record, rng)
-        found = self.choose(record, rng) if record.text and record.text.strip() else None
-        return found and (found[0], record.text)
+        found = self.choose(record, rng) if (said := captions(record.text)) else None
+        # The caption that was edited, if one was.
+        return found and (found[0], found[0][0] if found[0][0] in said else said[rng.integers(len(said))])
 
 
 @dataclasses.dataclass(frozen=True)
 class Edits(Alternatives):
-    """The caption and edits of it: a word of the lexicon, chosen at random, is replaced by others of its group. The
+    """A caption and edits of it: a word of the lexicon, chosen at random, is replaced by others of its group. The
     neutral text has in its place what the lexicon gives for the group, by default nothing. The lexicon is a list of
     objects with "words" and, where needed, "neutral"; a UserError where the file has another form."""
 
@@ -99,14 +100,16 @@ class Edits(Alternatives):
         object.__setattr__(self, "_pattern", pattern)
 
     def choose(self, record: Record, rng: np.random.Generator) -> tuple[list[str], str] | None:
-        for text in (record.text or "").splitlines():
+        found = []
+        for text in captions(record.text):
             matches = self._pattern.finditer(text[: 2 * _REACH])
             # Without regard to case, some letters match one that is none of their lower case: the long s matches s.
-            if found := [m for m in matches if m.start() < _REACH and m[0].lower() in self._groups]:
-                break
-        else:
+            if own := [m for m in matches if m.start() < _REACH and m[0].lower() in self._groups]:
+                found.append((text, own))
+        if not found:
             return None
-        where = found[rng.integers(len(found))]
+        text, matches = found[rng.integers(len(found))]
+        where = matches[rng.integers(len(matches))]
         groups = self._groups[where[0].lower()]
         group = groups[rng.integers(len(groups))]
         others = [word for word in group.words if word.lower() != where[0].lower()]
@@ -272,8 +275,9 @@ def opened(tokenizer: Callable[[], Tokenizer], length: int) -> Tokenizer:
 
 @dataclasses.dataclass(frozen=True)
 class Tokens:
-    """Token ids of the record's text, int32 [length]. `tokenizer` gives the tokenizer (texts -> int32 [N, length]),
-    once for a pipeline; `choose` gives the part of a text to tokenize, from the position's generator."""
+    """Token ids of one of the record's captions, int32 [length], drawn from the position's generator where there are
+    several. `tokenizer` gives the tokenizer (texts -> int32 [N, length]), once for a pipeline; `choose` gives the part
+    of a caption to tokenize, from the same generator."""
 
     length: int
     tokenizer: Callable[[], Tokenizer]
@@ -290,8 +294,9 @@ class Tokens:
         tokenize = opened(self.tokenizer, self.length)
 
         def ids(example: Example) -> np.ndarray:
-            text = self.choose(example.text, example.rng) if self.choose else example.text
-            return np.asarray(tokenize([text])[0], np.int32)
+            said = captions(example.text)
+            text = said[example.rng.integers(len(said))]  # Of one, numpy draws nothing.
+            return np.asarray(tokenize([self.choose(text, example.rng) if self.choose else text])[0], np.int32)
 
         return ids
 

@@ -40,8 +40,8 @@ _WEIGHTED = re.compile(r"(\d+(?:\.\d*)?|\.\d+)=(.+)", re.S)
 
 class Record(NamedTuple):
     """One record: what to call it in a log (file and member or row), the encoded image, and its caption, None where
-    there is none; several captions are separated by newlines. `texts` are statements that differ in one fact, see
-    `alternatives`; None where there are none, or the source has a method `texts(i)` that reads them."""
+    there is none; several are separated by newlines, see `captions`. `texts` are statements that differ in one fact,
+    see `alternatives`; None where there are none, or the source has a method `texts(i)` that reads them."""
 
     name: str
     image: bytes
@@ -65,14 +65,22 @@ class Source(Protocol):
 
 
 def caption(value) -> str | None:
-    """A caption as files hold it: a text, texts (joined by newlines), bytes in UTF-8, or None; else a ValueError."""
+    """The `Record.text` of what files hold: one text, or bytes in UTF-8, in which ends of lines are white space; a list
+    of texts, which are several captions; or None. A ValueError for anything else."""
     if isinstance(value, bytes):
-        return value.decode("utf-8")
-    if value is None or isinstance(value, str):
-        return value
+        value = value.decode("utf-8-sig")
+    if isinstance(value, str):
+        return value if len(captions(value)) < 2 else " ".join(captions(value))
+    if value is None:
+        return None
     if isinstance(value, Iterable) and not isinstance(value, Mapping):
         return "\n".join(filter(None, map(caption, value)))
     raise ValueError(f"its caption is no text but {value!r}")
+
+
+def captions(text: str | None) -> list[str]:
+    """The captions in a `Record.text` that are not blank."""
+    return [one for one in (text or "").split("\n") if one.strip()]
 
 
 def listed(value) -> tuple[str, ...] | None:
@@ -119,9 +127,8 @@ class CaptionFiles:
             try:
                 if kind == "json" and data:
                     meta = json_files.decoded(data)
-                    text = caption(meta.get("caption")) if isinstance(meta, dict) else None
-                else:
-                    text = (data or b"").decode("utf-8")
+                    data = meta.get("caption") if isinstance(meta, dict) else None
+                text = caption(data)
             except ValueError as e:
                 raise ValueError(f"the caption in its .{kind} file cannot be read ({e})") from e
             if text and text.strip():

@@ -113,6 +113,24 @@ def test_first_sentences_and_an_input_that_fails(captioned):
         next(batches(captioned, {"t": tokens(choose=lambda text, rng: 1 / 0)}))
 
 
+def test_one_of_several_captions_is_drawn():
+    """A list is several captions, a text is one with all of its lines, of which nothing is drawn."""
+    said, tokenize = ["a red cup", "two dogs", " ", "one\nblue hat"], tokens(20).open(None)
+
+    def drawn(value, seed):
+        example = inputs.Example(None, sources.caption(value), None, np.random.default_rng(seed))
+        return text_of(tokenize(example)), example.rng.random()
+
+    assert {drawn(said, seed)[0] for seed in range(40)} == {"a red cup", "two dogs", "one blue hat"}
+    for text, value in (("two lines", "two\n\nlines"), ("a cup", ["a cup", "\n"]), ("a cup", b"\xef\xbb\xbfa cup")):
+        assert drawn(value, 3) == (text, np.random.default_rng(3).random())
+    record = Record("", b"", sources.caption([*said, "nothing"]), tuple(GOOD[:2]))
+    rngs = [np.random.default_rng(seed) for seed in range(60)]
+    edited, listed = ([kind(record, rng) for rng in rngs] for kind in (Edits(4, True), Listed(2, True)))
+    assert {n for _, n in listed} == {"a red cup", "two dogs", "one blue hat", "nothing"}
+    assert {n for _, n in edited} == {"a red cup", "two dogs", "one blue hat"} and all(t[0] == n for t, n in edited)
+
+
 def test_inputs_that_cannot_be_are_one_sentence(captioned, noisy):
     words = {"image": inputs.Image(8), "words": tokens()}
     for path, wanted, says in (
