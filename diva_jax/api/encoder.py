@@ -4,7 +4,8 @@ import copy
 import functools
 import inspect
 import os
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from types import UnionType
 from typing import Any
 
 import jax
@@ -57,6 +58,15 @@ def mapping(name: str, value: Any, example: str) -> dict[str, Any]:
     if value is not None and not (isinstance(value, Mapping) and all(isinstance(key, str) for key in value)):
         raise UserError(f"{name}={brief(value)} is no mapping of names: give {name}={example}")
     return dict(value or {})
+
+
+def sequence(name: str, value: Any, one: type | UnionType = str) -> Sequence:
+    """Returns several items, or one alone, as a sequence; raises a UserError for what is neither."""
+    if isinstance(value, one):
+        return [value]
+    if not isinstance(value, Iterable):
+        raise UserError(f"{name}={brief(value)} are no {name}: give one, or a list of them")
+    return value if isinstance(value, Sequence) else list(value)  # A pandas series counts by its index, not from 0.
 
 
 ImageLike = Image.Image | str | os.PathLike | np.ndarray
@@ -120,7 +130,7 @@ class Encoder:
           UserError: as `preprocess`.
           RunError: an embedding is not finite.
         """
-        given = _as_sequence(images)
+        given = as_images(images)
         if len(given) == 0:
             return np.zeros((0, self.spec.embed_dim), np.float32)
         towers = self._for(len(given))
@@ -153,7 +163,7 @@ class Encoder:
           UserError: the weights have no text tower, or no tokenizer.
           RunError: an embedding is not finite.
         """
-        texts = [texts] if isinstance(texts, str) else list(texts)
+        texts = list(sequence("texts", texts))
         if not texts:
             return np.zeros((0, self.spec.embed_dim), np.float32)
         if wrong := [t for t in texts if not isinstance(t, str)]:
@@ -189,15 +199,14 @@ class Encoder:
         return new
 
 
-def _as_sequence(images: ImageLike | Sequence[ImageLike]) -> Sequence[ImageLike]:
-    if isinstance(images, Image.Image | str | os.PathLike):
-        return [images]
-    if isinstance(images, np.ndarray | jax.Array):
+def as_images(images: ImageLike | Sequence[ImageLike]) -> Sequence[ImageLike]:
+    """Returns one image or several as a sequence; see `Encoder.encode_image`."""
+    if isinstance(images, np.ndarray | jax.Array) and images.ndim != 1:  # With one axis it holds paths or PIL images.
         if images.ndim not in (3, 4):
             problem = f"an array of images has the shape [N, H, W, 3], not {list(images.shape)}"
             raise UserError(f"{problem}: give PIL images of other modes, Image.fromarray(x)")
         return np.asarray(images) if images.ndim == 4 else np.asarray(images)[None]
-    return images if hasattr(images, "__getitem__") else list(images)
+    return sequence("images", images, Image.Image | str | os.PathLike)
 
 
 def as_image(given: ImageLike) -> Image.Image:

@@ -43,6 +43,22 @@ def encoder(clip):
     return diva_jax.load(clip, batch_size=8)
 
 
+class Series:
+    """Counts by its index, as a pandas series that was shuffled."""
+
+    def __init__(self, items):
+        self.items = items
+
+    def __iter__(self):
+        return iter(self.items)
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, i):
+        return self.items[::-1][i]
+
+
 def test_every_form_of_images(encoder, clip, tmp_path):
     """As the model itself computes each image."""
     spec = EVAL_CLIP
@@ -59,7 +75,8 @@ def test_every_form_of_images(encoder, clip, tmp_path):
         np.testing.assert_allclose(found, want, atol=2e-5)
         np.testing.assert_allclose(encoder.encode_image(given_as[2]), want[2:3], atol=2e-5)
     np.testing.assert_array_equal(np.stack([encoder.preprocess(p) for p in given]), pixels)
-    np.testing.assert_allclose(encoder.encode_image(p for p in given[:2]), want[:2], atol=2e-5)
+    for some in ((p for p in given[:2]), Series(given[:2]), np.array(list(map(str, files[:2])))):
+        np.testing.assert_allclose(encoder.encode_image(some), want[:2], atol=2e-5)
     (wide := Image.fromarray(np.arange(1200, dtype=np.uint16).reshape(40, 30) * 50)).save(tmp_path / "wide.png")
     np.testing.assert_array_equal(encoder.preprocess(wide), encoder.preprocess(tmp_path / "wide.png"))
     assert encoder.encode_image([]).shape == encoder.encode_text([]).shape == (0, encoder.spec.embed_dim)
@@ -107,6 +124,8 @@ def test_bad_images_are_one_sentence(encoder, tmp_path):
     says = "encode_image has no argument normalize; did you mean normalise"
     refused(says, encoder.encode_image, image, normalize=True)
     refused("encode_text takes texts, not int", encoder.encode_text, ["a", 3])
+    refused("texts=None are no texts: give one, or a list", encoder.encode_text, None)
+    refused("images=None are no images: give one, or a list", encoder.encode_image, None)
 
 
 # A function, its arguments, and what the sentence has; "$" is the folder of `clip`.
