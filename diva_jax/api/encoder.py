@@ -102,7 +102,7 @@ class Encoder:
         """Resizes and crops an image for this encoder.
 
         Args:
-          image: a PIL image of any mode, a file, or uint8 [H, W, 3].
+          image: a PIL image of any mode, a file, or uint8 [H, W, 3]. An array [S, S, 3] is a result, and unchanged.
 
         Returns:
           uint8 [S, S, 3], S = `spec.image_size`. Normalisation with `spec.mean` and `spec.std` is left to
@@ -111,8 +111,10 @@ class Encoder:
         Raises:
           UserError: it is none of these, or the file cannot be read.
         """
-        s = self.spec
-        return prepare(as_image(image), s.image_size, s.resize_mode, s.interpolation)
+        s, made = self.spec, as_image(image)
+        if made.size == (s.image_size, s.image_size) and not isinstance(image, Image.Image | str | os.PathLike):
+            return np.asarray(made)
+        return prepare(made, s.image_size, s.resize_mode, s.interpolation)
 
     @named()
     def encode_image(self, images: ImageLike | Sequence[ImageLike], normalise: bool = False) -> np.ndarray:
@@ -134,7 +136,7 @@ class Encoder:
         if len(given) == 0:
             return np.zeros((0, self.spec.embed_dim), np.float32)
         towers = self._for(len(given))
-        embeddings = towers.images(self._weights.vision, lambda i: as_image(given[i]), len(given))["pooled"]
+        embeddings = towers.images(self._weights.vision, lambda i: self.preprocess(given[i]), len(given))["pooled"]
         return self._finished(embeddings, "images", normalise)
 
     @functools.cached_property
@@ -211,16 +213,17 @@ def as_images(images: ImageLike | Sequence[ImageLike]) -> Sequence[ImageLike]:
 
 def as_image(given: ImageLike) -> Image.Image:
     """Returns an image as a PIL image; see `Encoder.preprocess`."""
-    if isinstance(given, Image.Image) and all(given.size):
-        with errors.explained("a PIL image cannot be used", "scale its pixels to 8 bits", ValueError):
-            return eight_bits(given)
     if isinstance(given, str | os.PathLike):
         return read_file(given)
-    array = np.asarray(given)
-    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[-1] != 3 or not array.size:
-        problem = f"an image is a PIL image, a file or an array uint8 [H, W, 3], not {array.dtype} {list(array.shape)}"
-        raise UserError(f"{problem}: give {_converted(array)}")
-    return Image.fromarray(array)
+    if not isinstance(given, Image.Image) or not all(given.size):
+        array = np.asarray(given)
+        if array.dtype != np.uint8 or array.ndim != 3 or array.shape[-1] != 3 or not array.size:
+            wanted = "an image is a PIL image, a file or an array uint8 [H, W, 3]"
+            raise UserError(f"{wanted}, not {array.dtype} {list(array.shape)}: give {_converted(array)}")
+        given = Image.fromarray(array)
+    # Pillow's plugins raise many types where an image is read that the caller has only opened.
+    with errors.explained("an image cannot be used", "crop it, or scale its pixels to 8 bits", Exception):
+        return eight_bits(given)
 
 
 def _converted(array: np.ndarray) -> str:

@@ -107,7 +107,10 @@ def _check_size(image: Image.Image) -> None:
 
 
 def eight_bits(image: Image.Image) -> Image.Image:
-    """The image with 8 bits per pixel instead of 16; a ValueError for pixels of 32."""
+    """The image, which is read if it was only opened, with 8 bits per pixel instead of 16; a ValueError for pixels of
+    32, and for an image that is taken for a decompression bomb."""
+    _check_size(image)
+    image.load()
     if image.mode.startswith("I;16"):  # Pillow's conversion would cut values off at 255.
         return Image.fromarray(((np.asarray(image).astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8))
     if image.mode in ("I", "F"):
@@ -124,8 +127,6 @@ def decode(data: bytes, rgb: bool = True) -> Image.Image:
         image = Image.open(io.BytesIO(_without_texts(data)), formats=FORMATS)
     except UnidentifiedImageError as e:
         raise ValueError(f"it is no image of {', '.join(FORMATS)}") from e
-    _check_size(image)
-    image.load()
     image = eight_bits(image)
     return image.convert("RGB") if rgb and image.mode != "RGB" else image  # Without a copy where it is RGB.
 

@@ -160,17 +160,20 @@ class Towers:
                 pool.shutdown(wait=True, cancel_futures=True)
 
     def images(
-        self, arrays: Mapping[str, Array], read: Callable[[int], Image.Image], count: int, seeds: int = 0
+        self, arrays: Mapping[str, Array], read: Callable[[int], Image.Image | np.ndarray], count: int, seeds: int = 0
     ) -> dict[str, np.ndarray]:
-        """The embeddings of images 0..count-1, which `read` returns in threads: {"pooled": float32 [count, D]} and,
-        with seeds, "published": [count, K, D], the spec's readout. K is `seeds` where it draws patches, else 1."""
+        """The embeddings of images 0..count-1, which `read` returns in threads, as arrays where they are prepared:
+        {"pooled": float32 [count, D]} and, with seeds, "published": [count, K, D], the spec's readout. K is `seeds`
+        where it draws patches, else 1."""
         spec, readout = self.spec, self.readout if seeds else None
         like = [self._pixels]
         if readout and readout.patches is not None:
             like.append(jax.ShapeDtypeStruct((seeds if readout.patches else 1, spec.patches), np.float32))
 
         def load(i: int) -> tuple[np.ndarray, ...]:
-            pixels = images.prepare(read(i), spec.image_size, spec.resize_mode, spec.interpolation)
+            pixels = read(i)
+            if isinstance(pixels, Image.Image):
+                pixels = images.prepare(pixels, spec.image_size, spec.resize_mode, spec.interpolation)
             if len(like) == 1:
                 return (pixels,)
             return pixels, patch_weights(readout, spec.patches, i, seeds, self.settings.seed)

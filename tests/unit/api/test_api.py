@@ -1,5 +1,6 @@
 """`diva_jax.load` and `diva_jax.objective`: the numbers of evaluation and training, errors of one sentence."""
 
+import copy
 import dataclasses
 import importlib
 import json
@@ -85,6 +86,17 @@ def test_every_form_of_images(encoder, clip, tmp_path):
     np.testing.assert_allclose(found[:COUNT], found[COUNT : 2 * COUNT], atol=1e-6)
 
 
+@pytest.mark.parametrize("mode", ("shortest", "squash:{}", "shortest:{}"))
+def test_results_of_preprocess_pass_unchanged(encoder, mode):
+    made = copy.copy(encoder)
+    side = made.spec.image_size + 8
+    made.spec, made._towers = dataclasses.replace(made.spec, resize_mode=mode.format(side)), {}
+    x = made.preprocess(patch(1))
+    np.testing.assert_array_equal(made.preprocess(x), x)
+    np.testing.assert_array_equal(made.encode_image([patch(1)]), made.encode_image([x]))
+    assert (made.preprocess(Image.fromarray(x)) != x).any() == (":" in mode)  # An image of this size is not prepared.
+
+
 def test_a_bare_file_needs_a_spec_and_texts_are_those_of_the_text_tower(clip, tmp_path, encoder):
     bare = tmp_path / "tower.safetensors"
     bare.write_bytes((clip / "open_clip_model.safetensors").read_bytes())
@@ -108,7 +120,9 @@ def test_bad_images_are_one_sentence(encoder, tmp_path):
         (tmp_path / "none.png", "none.png cannot be read .*No such file.*: check the path"),
         ([tmp_path / "broken.png"], "broken.png cannot be read"),
         ([3], "not int64 .."),
-        (Image.new("F", (9, 7)), "a PIL image cannot be used .*no range.*: scale its pixels"),
+        (Image.new("F", (9, 7)), "an image cannot be used .*no range.*: crop it, or scale its pixels"),
+        (Image.new("L", (1, 40000)), "an image cannot be used .1x40000 pixels are too many, or too far from a square"),
+        ([np.zeros((1, 40000, 3), np.uint8)], "an image cannot be used .40000x1 pixels are too many"),
         (rng.normal(size=(2, 3, 8, 9)), "give the image as it is before normalisation"),
     ):
         refused(says, encoder.encode_image, given)
