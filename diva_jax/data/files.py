@@ -3,6 +3,7 @@ and files of text, such as tables, questions and names of classes."""
 
 import concurrent.futures
 import csv
+import fnmatch
 import glob
 import io
 import itertools
@@ -44,11 +45,26 @@ THREADS = 16
 _USTAR_OFFSET, _USTAR = 257, b"ustar"
 
 
+def hidden(name: str) -> bool:
+    """Whether a file or folder of this name holds no data: `.Trash-1000`, macOS's `._x.jpg`, a NAS's `@eaDir`."""
+    return name.startswith(".") or name == "@eaDir"
+
+
+def _visible(paths: Iterable[str], given: str) -> list[str]:
+    """The sorted paths of which no part is hidden, except parts that the given path or pattern itself has."""
+    asked = [part for part in given.split("/") if hidden(part)]
+
+    def shown(part: str) -> bool:
+        return not hidden(part) or any(part == a or fnmatch.fnmatch(part, a) for a in asked)
+
+    return sorted(p for p in paths if all(map(shown, p.split("/"))))
+
+
 def kind_of(name: str) -> str | None:
     """The kind of a file by its suffix, one of `KINDS` or one that is not read; None for others and for hidden files,
     such as macOS's `._x.jpg`."""
     base = posixpath.basename(name).lower()
-    if base.startswith("."):
+    if hidden(base):
         return None
     return next((kind for kind, ends in _SUFFIXES.items() if base.endswith(ends)), None)
 
@@ -152,10 +168,11 @@ def names_in(folder: str) -> list[str]:
 
 
 def walk(folder: str) -> list[str]:
-    """Every file below a folder and those that it links to, each once, sorted; a UserError where one is unreadable."""
+    """Every file below a folder and those that it links to, but not in hidden ones, each once, sorted; a UserError
+    where one is unreadable."""
     if is_remote(folder):
         fs, inside = _file_system(folder)
-        return sorted(fs.unstrip_protocol(p) for p in fs.find(inside))
+        return [fs.unstrip_protocol(p) for p in _visible(fs.find(inside), inside)]
     paths, visited, lost = [], set(), []
     for here, folders, names in os.walk(folder, onerror=lost.append, followlinks=True):
         real = os.path.realpath(here)
@@ -163,6 +180,7 @@ def walk(folder: str) -> list[str]:
             folders.clear()
             continue
         visited.add(real)
+        folders[:] = [name for name in folders if not hidden(name)]
         paths.extend(os.path.join(here, name) for name in names)
     if lost:
         raise UserError(f"the folder {lost[0].filename} cannot be read ({lost[0].strerror}): make it readable")
@@ -177,9 +195,9 @@ def _matches(pattern: str) -> list[str]:
         for name in names:
             if is_remote(name):
                 fs, inside = _file_system(name)
-                matched += sorted(map(fs.unstrip_protocol, fs.glob(inside)))
+                matched += map(fs.unstrip_protocol, _visible(fs.glob(inside), inside))
             else:
-                matched += sorted(glob.glob(name, recursive=True))
+                matched += _visible(glob.glob(name, recursive=True), name)
         if matched:
             return matched
         raise UserError(f"config.data.path={pattern!r} matches no file: give it {WHAT}")

@@ -141,7 +141,7 @@ def class_folders(root: Path) -> Images:
     """`root/<class>/.../<image>`: labels by the sorted order of the folders, as in torchvision's ImageFolder, or by
     number where all are numbers. `classes` are the lines of `root/classnames.txt`, or else the folders' names; prompts
     are those of the tar layout. A UserError where there are no folders, those of splits, or another number of names."""
-    names = sorted(f.name for f in root.iterdir() if f.is_dir() and not f.name.startswith("."))
+    names = sorted(f.name for f in root.iterdir() if f.is_dir() and not files.hidden(f.name))
     if all(re.fullmatch("[0-9]{1,18}", name) for name in names):
         names.sort(key=_natural)
     splits = [name for name in names if name.lower() in _SPLITS]

@@ -11,7 +11,7 @@ from PIL import Image
 from diva_jax.common.errors import UserError
 from diva_jax.common.fields import field
 from diva_jax.common.json_files import packaged
-from diva_jax.data import labelled
+from diva_jax.data import files, labelled
 from diva_jax.evals import Classified, Settings, require_count, set_and_folder
 from diva_jax.evals.tasks import zeroshot
 
@@ -34,7 +34,7 @@ class RobustnessOptions:
 def _subset(root: Path, known: Sequence[str], what: str) -> labelled.Images:
     """Images in folders that name (`what`) classes of ImageNet; `known` are the names of all by label. Labels count the
     classes that are there, in ImageNet's order."""
-    names = {f.name for f in root.iterdir() if f.is_dir() and not f.name.startswith(".")}
+    names = {f.name for f in root.iterdir() if f.is_dir() and not files.hidden(f.name)}
     if strange := sorted(names.difference(known)):
         raise UserError(f"{root / strange[0]} is not named after {what}: remove it, or give the set's folder")
     there = [(name, title) for name, title in zip(known, zeroshot.imagenet("classes"), strict=True) if name in names]

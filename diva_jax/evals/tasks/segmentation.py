@@ -102,10 +102,10 @@ def _pairs(subject: Set, root: Path) -> list[tuple[Path, Path]]:
             raise UserError(f"{path} lists {brief(wrong)}, which is not the name of an image: fetch it again")
     else:
         folder, suffix = subject.images.split("/{}")
-        names = [p.relative_to(root / folder).as_posix() for p in sorted((root / folder).rglob(f"*{suffix}"))]
-        names = [name.removesuffix(suffix) for name in names]
+        there = sorted(map(Path, files.walk(str(at)))) if (at := root / folder).is_dir() else []
+        names = [p.relative_to(at).as_posix().removesuffix(suffix) for p in there if p.name.endswith(suffix)]
         if not names:
-            raise UserError(f"{root / folder} has no {suffix} images: give {subject.hint}")
+            raise UserError(f"{at} has no {suffix} images: give {subject.hint}")
     return [(root / subject.images.format(n), root / subject.labels.format(n)) for n in names]
 
 

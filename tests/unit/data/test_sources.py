@@ -20,7 +20,7 @@ from helpers import refused
 from records import batches, encoded, noise, tags, write_tar, write_tfds
 
 from diva_jax import demo
-from diva_jax.data import files, inputs, tables
+from diva_jax.data import files, inputs, labelled, tables
 from diva_jax.data.sources import FolderSource, TfdsSource, open_source
 from diva_jax.data.tars import TarSource
 
@@ -58,6 +58,22 @@ def test_image_folder_is_recursive_and_sorted(tmp_path):
         refused(r"the folder b cannot be read \(Permission denied\): make it readable", open_source, str(root))
     os.rename(root, tmp_path / "plain")
     assert names(open_source(f"{tmp_path}/plain/b/*")) == [f"{tmp_path}/plain/b/{n}" for n in ("1.JPG", "2.png")]
+
+
+HIDDEN = (".Trash-1000/files/0.jpg", "a/.thumbnails/1.png", "a/@eaDir/2.jpg/SYNOFILE.jpg", "a/._3.jpg")
+
+
+@pytest.mark.parametrize("root", ("home", ".cache/home"))
+def test_hidden_folders_hold_no_data(tmp_path, bucket, root):
+    """But the path itself may be below one, or ask for them."""
+    trees.change(tmp_path / root, dict.fromkeys((*HIDDEN, "a/4.jpg"), "PNG"))
+    for name in (*HIDDEN, "a/4.jpg"):
+        bucket.pipe(f"/bucket/{root}/{name}", encoded(0))
+    for base in (tmp_path / root, f"memory://bucket/{root}"):
+        for pattern in ("", "/a", "/**/*.jpg", "/*/[0-9].*"):
+            assert [Path(n).name for n in names(open_source(f"{base}{pattern}"))] == ["4.jpg"], pattern
+        assert len(open_source(f"{base}/.Trash-*/files/*")) == len(open_source(f"{base}/a/.thumbnails")) == 1
+    assert list(labelled.class_folders(tmp_path / root).folders) == ["a"]
 
 
 def test_remote_tars_folder_and_cache(bucket):
