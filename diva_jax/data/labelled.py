@@ -116,24 +116,22 @@ def tfds(spec: str) -> Images:
     return Images(names, read, *source.labels())
 
 
-def folder_images(root: Path) -> list[Path]:
-    """The image of each sample below a folder, sorted."""
-    return [Path(f) for f in files.one_image_each(files.walk(str(root)), str(root))]
-
-
-def image_files(paths: Sequence[Path], targets: Sequence, root: Path, rgb: bool = True, **kw) -> Images:
+def image_files(paths: Sequence[str | Path], targets: Sequence, root: Path, rgb: bool = True, **kw) -> Images:
     return Images([os.path.relpath(p, root) for p in paths], lambda i: read_file(paths[i], rgb), targets, **kw)
 
 
 def in_folders(root: Path, labels: Mapping[str, int], **kw) -> Images:
-    """All images below the folders of a root, given as name -> label; a UserError names a folder without an image."""
-    paths, targets = [], []
+    """All images below the folders of a root, given as name -> label, also where training would take several for one
+    sample; a UserError names a folder without an image."""
+    paths, targets, unread = [], [], []
     for name, label in labels.items():
-        images = folder_images(root / name)
-        if not images:
+        there = files.walk(str(root / name))
+        unread += [f for f in there if files.kind_of(f) == files.UNREAD]
+        if not (images := [f for f in there if files.kind_of(f) == "images"]):
             raise UserError(f"{root / name} has no image in it: fetch its images, or remove the folder")
         paths += images
         targets += [label] * len(images)
+    files.say_left_out(str(root), (0, []), files.left_out(unread))
     return image_files(paths, targets, root, folders=list(labels), **kw)
 
 

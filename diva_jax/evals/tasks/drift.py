@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from diva_jax.common import paths
 from diva_jax.common.errors import UserError
 from diva_jax.common.fields import at_least, field
-from diva_jax.data import labelled
+from diva_jax.data import files, labelled
 from diva_jax.evals import QUERIES, Outcome, Settings, Task, encode, stats
 
 
@@ -56,7 +56,7 @@ class Drift(Task):
         root, self.settings, self.k = paths.expanded(path), settings, DriftOptions(**section).neighbours
         if not root.is_dir():
             raise UserError(f"--data=drift={path} is not a folder: give one with images in it")
-        found = labelled.folder_images(root)
+        found = files.one_image_each(files.walk(str(root)), str(root))
         self.count, self.data = len(found), str(root.resolve())
         if self.count <= self.k + 1:
             problem = f"{root} has {self.count} images, too few for {self.k} neighbours of each"

@@ -12,6 +12,7 @@ from eval_data import FakeModel, encoded, evaluated, patch, prepared, unit, writ
 from helpers import refused
 from records import write_tfds
 
+from diva_jax.data import labelled
 from diva_jax.evals.tasks import probe
 
 NAMES = ["cat", "small dog", "bird", "cow", "fish", "ant"]
@@ -117,6 +118,15 @@ def test_labels_of_folders(tmp_path, caplog):
     assert prepare(write_class_folders(tmp_path / "vehicles", [0, 1], ["bus", "train"])).classes == ["bus", "train"]
     (root / "n02123045/001.png").write_bytes(b"broken")
     refused(r"the image .*001.png cannot be read", prepare(root).images.read, 1)
+
+
+def test_every_image_of_a_class_folder_counts(tmp_path, caplog):
+    """Also those that are one sample for training."""
+    there = ["cat/a.jpg", "dog/img.draft.jpg", "dog/img.final.jpg", "dog/photo.jpg", "dog/photo.png"]
+    trees.change(tmp_path, dict.fromkeys([*there, "cat/b.heic", "dog/photo.txt"], "PNG"))
+    images = labelled.class_folders(tmp_path)
+    assert images.names == there and images.targets == [0, 1, 1, 1, 1]
+    assert caplog.text.count("are not read") == 1 and "b.heic" in caplog.text
 
 
 TRAIN, TEST = [0, 0, 1, 1, 1, 2, 2, 0, 1], [0, 1, 1, 2, 2]
