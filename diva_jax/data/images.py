@@ -87,6 +87,21 @@ class Memory:
                 self._changed.notify_all()
 
 
+# Of evaluations and encoders, as much as config.data.decode_gib by default; and by thread, what it holds, see `kept`.
+_MEMORY, _THREAD = Memory(2**32), threading.local()
+
+
+@contextlib.contextmanager
+def kept() -> Iterator[None]:
+    """Context manager for a thread that reads images, one after the other: the room for the last one is kept until the
+    next one or the end, and not only until it is decoded."""
+    with contextlib.ExitStack() as _THREAD.stack:
+        try:
+            yield
+        finally:
+            del _THREAD.stack
+
+
 def _without_texts(data: bytes) -> bytes:
     """A PNG without colour profiles and texts, which change no pixel and of which Pillow refuses large ones."""
     if not data.startswith(_PNG):
@@ -132,8 +147,12 @@ def decode(data: bytes, rgb: bool = True) -> Image.Image:
 
 
 def open_image(data: bytes, name: str, rgb: bool = False) -> Image.Image:
-    """`decode` for data in which every image counts, as in an evaluation: a UserError with the name of a broken one."""
-    with explained(f"the image {name} cannot be read", _REPAIR, Exception):  # See `decode`.
+    """`decode` for data in which every image counts, as in an evaluation: a UserError with the name of a broken one.
+    It waits until there is room, see `kept`."""
+    with explained(f"the image {name} cannot be read", _REPAIR, Exception), contextlib.ExitStack() as here:
+        stack = getattr(_THREAD, "stack", here)
+        stack.close()  # A thread that waits holds nothing.
+        stack.enter_context(_MEMORY.reserve(data))
         return decode(data, rgb)
 
 

@@ -146,8 +146,12 @@ class Towers:
         padding = [np.zeros(x.shape, x.dtype) for x in like]
         with ThreadPoolExecutor(files.THREADS) as pool:
 
+            def one(i: int) -> tuple:
+                with images.kept():
+                    return read(i)
+
             def begin(first: int) -> dict[int, Future]:
-                return {i: pool.submit(read, first + i) for i in mine if first + i < count}
+                return {i: pool.submit(one, first + i) for i in mine if first + i < count}
 
             ahead = begin(0)
             try:

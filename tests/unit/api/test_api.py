@@ -6,6 +6,7 @@ import importlib
 import json
 import shutil
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -84,6 +85,23 @@ def test_every_form_of_images(encoder, clip, tmp_path):
     found = encoder.encode_image((given * 4)[:19], normalise=True)  # More than a batch.
     np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-6)
     np.testing.assert_allclose(found[:COUNT], found[COUNT : 2 * COUNT], atol=1e-6)
+
+
+def test_images_that_are_decoded_at_once_have_a_bound(encoder, tmp_path, monkeypatch):
+    """Until they are prepared; broken ones give their room back."""
+    for i in range(12):
+        (tmp_path / f"{i}.png").write_bytes(encoded(patch(0)) if i else b"no image")
+    given, held, most = [tmp_path / f"{1 + i % 11}.png" for i in range(40)], [], []
+    decode, prepare = images.decode, images.prepare
+    monkeypatch.setattr(images, "_MEMORY", images.Memory(8 * 2 * np.prod(patch(0).size)))
+    monkeypatch.setattr(images, "decode", lambda *a: held.append(1) or most.append(len(held)) or decode(*a))
+    slow = lambda *a: time.sleep(0.02) or held.pop() and prepare(*a)  # noqa: E731
+    monkeypatch.setattr("diva_jax.api.encoder.prepare", slow)
+    for _ in range(3):
+        refused("0.png cannot be read", encoder.encode_image, tmp_path / "0.png")
+    held.clear()
+    most.clear()
+    assert len(set(map(bytes, encoder.encode_image(given)))) == 1 and max(most) == 2
 
 
 @pytest.mark.parametrize("mode", ("shortest", "squash:{}", "shortest:{}"))
