@@ -11,7 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from diva_jax import config as configs
-from diva_jax.api.encoder import Encoder, ImageLike, as_image, chosen, mapping, named
+from diva_jax.api.encoder import Encoder, ImageLike, as_image, as_images, chosen, mapping, named, path, sequence
 from diva_jax.common import config_files, fields as declarations, paths
 from diva_jax.common.errors import UserError, brief, explained, listing, printable
 from diva_jax.data.images import sample_box
@@ -78,7 +78,8 @@ class Loss:
         """
         if self.config.data.latents:
             raise UserError("Loss.batch reads no cache: give fields={'data.latents': ''}, for what it holds")
-        texts = [None] * len(images) if texts is None else list(texts)
+        images = as_images(images)
+        texts = [None] * len(images) if texts is None else sequence("texts", texts)
         needing = [name for name, i in self._inputs.items() if i.needs_text]
         if len(texts) != len(images) or (needing and not all(isinstance(t, str) and t.strip() for t in texts)):
             what = listing(needing) or "a batch"
@@ -131,7 +132,9 @@ class Loss:
         """
         batch, params = self._checked(batch), self._complete(params)
         batch = jax.device_put(batch, jax.sharding.NamedSharding(self._mesh, partition.BATCH))
-        value, metrics, gradients = self._compute(params, self.frozen, batch, self._key, jnp.int32(step))
+        with explained(f"step={brief(step)} is no step", "give a whole number below 2**31", TypeError, OverflowError):
+            step = jnp.int32(step)
+        value, metrics, gradients = self._compute(params, self.frozen, batch, self._key, step)
         return Result(float(value), {name: float(v) for name, v in metrics.items()}, gradients)
 
     def _complete(self, params: Mapping[str, jax.Array] | None) -> dict[str, jax.Array]:
@@ -167,6 +170,7 @@ class Loss:
         return out
 
     def _checked(self, batch: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        batch = mapping("batch", batch, "Loss.batch(images)")
         if missing := [name for name in self.inputs if name not in batch]:
             raise UserError(f"the batch lacks {listing(missing)}: it must have {self._described()}")
         if strange := [name for name in batch if name not in (*self.inputs, "row")]:
@@ -233,8 +237,8 @@ def load(
     for name, value in {"batch_size": batch_size, "dtype": dtype}.items():
         if problem := declarations.declared(Settings)[name].problem(value):
             raise UserError(f"{name}={brief(value)} {problem}")
-    configs.check_runs([os.fspath(source)])
-    source, step, _ = origins.find(os.fspath(source), "source")
+    configs.check_runs([source := path("source", source)])
+    source, step, _ = origins.find(source, "source")
     if step is not None:
         config = workdirs.read_config(source)
         if spec is not None:
@@ -283,8 +287,8 @@ def train(
       RunError: the run failed, see `loop.Run.run`.
       KeyboardInterrupt: SIGTERM or the first SIGINT came; the run is saved, and the same call resumes it.
     """
-    workdir = os.fspath(workdir)
-    run = loop.Run(read_config(config, fields), workdir, init_from and os.fspath(init_from))
+    workdir = path("workdir", workdir)
+    run = loop.Run(read_config(config, fields), workdir, init_from and path("init_from", init_from))
     if not run.run():
         raise KeyboardInterrupt(f"saved; the same call resumes {workdir}")
     return workdir
@@ -320,8 +324,7 @@ def evaluate(
       UserError: the config, weights or data are invalid.
       RunError: embeddings are not finite.
     """
-    weights = [weights] if isinstance(weights, str | os.PathLike) else weights
-    weights = [os.fspath(source) for source in weights]
+    weights = [path("weights", source) for source in sequence("weights", weights, str | os.PathLike)]
     if not weights or len(set(weights)) < len(weights):
         raise UserError("weights must name one source or more, each once")
     groups = [seeds.parse(w) for w in weights]
@@ -331,9 +334,9 @@ def evaluate(
     if not data:
         raise UserError("data is empty: give {task: path}, e.g. {'mmvp': 'data/MMVP_VLM'}")
     if out is not None:  # Before anything is evaluated, which may take hours.
-        paths.check_writable(out := paths.local(os.fspath(out), "--out"), "--out")
+        paths.check_writable(out := paths.local(path("out", out), "--out"), "--out")
     configs.check_runs(source for _, sources in groups for source in sources)
-    data = {task: os.fspath(path) for task, path in data.items()}
+    data = {task: path(f"data[{task!r}]", place) for task, place in data.items()}
     summary, rows = evaluator.run(read_config(config, fields), weights, data, control, best)
     if out is not None and jax.process_index() == 0:
         try:
@@ -372,7 +375,7 @@ def export(
     Raises:
       UserError, RunError: as `export.layouts.export`.
     """
-    source, out = os.fspath(source), os.fspath(out)
+    source, out = path("source", source), path("out", out)
     chosen("format", format, layouts.FORMATS)
     chosen("dtype", dtype, layouts.DTYPES)
     run = origins.as_run(source)

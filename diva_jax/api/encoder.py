@@ -69,6 +69,13 @@ def sequence(name: str, value: Any, one: type | UnionType = str) -> Sequence:
     return value if isinstance(value, Sequence) else list(value)  # A pandas series counts by its index, not from 0.
 
 
+def path(name: str, value: Any) -> str:
+    """Returns a path, or another name of a source, as a text; raises a UserError for anything else."""
+    if not isinstance(value, str | os.PathLike):
+        raise UserError(f"{name}={brief(value)} is no path: give a text, or an object of pathlib")
+    return os.fspath(value)
+
+
 ImageLike = Image.Image | str | os.PathLike | np.ndarray
 
 
@@ -234,7 +241,7 @@ def _converted(array: np.ndarray) -> str:
     if array.shape[-1] != 3:
         text = "np.moveaxis(x, -3, -1)"
     low, high = array.min(), array.max()
-    if array.dtype.kind == "f" and 0 <= low and high <= 1:
+    if array.dtype.kind in "bf" and 0 <= low and high <= 1:
         return f"(255 * {text}).round().astype('uint8')"
     if not (0 <= low and high <= 255):
         return "the image as it is before normalisation, in 0 to 255"

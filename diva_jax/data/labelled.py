@@ -91,7 +91,7 @@ def tars(root: Path, target: str, parse: Callable[[str], object]) -> Images:
             with explained(f"{shard}: {brief(member.name)} cannot be used", "write the shard again", ValueError):
                 if max(member.size - MAX_CAPTION_BYTES, sample[images[0]].size - files.MAX_IMAGE_BYTES) > 0:
                     raise ValueError("the sample is larger than any")
-                targets.append(parse(files.read_range(shard, member.offset, member.size).decode("utf-8")))
+                targets.append(parse(files.read_range(shard, member.offset, member.size).decode("utf-8-sig")))
             names.append(f"{Path(shard).name}[{len(names)}]")
             places.append((shard, *sample[images[0]][1:]))
             others += [sample[e].name for e in images[1:]]

@@ -331,11 +331,13 @@ def open_source(path: str, cache_dir: str | None = None, allow_urls: bool = Fals
         return _mixture(path, cache_dir=cache_dir, allow_urls=allow_urls)
     if path.startswith(_MODULE):
         name, _, options = path.removeprefix(_MODULE).partition("?")
-        wanted = "give module:NAME of one on PYTHONPATH that defines open_source(options)"
+        wanted = "give module:NAME of one on PYTHONPATH that defines open_source(options), which returns a Source"
         module = config_files.module(name, "config.data.path", wanted)
-        if not hasattr(module, "open_source"):
-            raise UserError(f"config.data.path={path!r}: the module {name} cannot be used: {wanted}")
-        return module.open_source(options)
+        found = module.open_source(options) if hasattr(module, "open_source") else None
+        if missing := [part for part in ("has_text", "__len__", "name", "read") if not hasattr(found, part)]:
+            problem = f"config.data.path={path!r}: the module {name} opens nothing with {listing(missing)}"
+            raise UserError(f"{problem}: {wanted}")
+        return found
     if path.startswith("tfds:"):
         return TfdsSource(path)
     match = _OPTIONS.fullmatch(path)

@@ -119,6 +119,8 @@ class TableSource:
         image_column, text_column, _ = part.columns
         image = part.cell(row, image_column)
         text = part.cell(row, text_column) if with_text and text_column else None
+        if isinstance(image, dict):  # Of JSON, which holds no bytes.
+            image = image.get("path")
         if isinstance(image, str) and image:
             if reason := files.no_path(image, self._allow_urls):
                 raise ValueError(reason)

@@ -23,7 +23,7 @@ from diva_jax.data import files
 from diva_jax.data.sources import CAPTION_KINDS, MAX_CAPTION_BYTES, CaptionFiles
 
 # Part of the cached index's name; increased whenever the content of an index changes.
-_INDEX_VERSION = 6
+_INDEX_VERSION = 7
 # Damaged shards that the log names; further ones are only counted.
 _MAX_NAMED = 20
 # A larger index, of more than thirty million images, is made at every start.
@@ -74,8 +74,7 @@ def scan(path: str) -> tuple[list[Member], str]:
                 break
             if info.size < 0 or info.offset_data + info.size > length or tar.offset <= end:
                 break
-            end = tar.offset
-            member = None
+            end, info.name, member = tar.offset, info.name.removeprefix("./"), None
             if info.isreg() and not info.issparse():
                 member = Member(info.name, info.offset_data, info.size)
             elif info.islnk() or info.issym():

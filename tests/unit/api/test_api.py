@@ -147,12 +147,12 @@ def test_bad_images_are_one_sentence(encoder, tmp_path):
     # What the message gives works, in place of arrays of other types, ranges and orders of axes.
     image = rng.integers(0, 256, (9, 7, 3), np.uint8)
     for order in ((0, 1, 2), (2, 0, 1)):
-        for x in (image, image.astype(np.float32), image / 255, image.astype(np.int64)):
+        for x in (image, image.astype(np.float32), image / 255, image.astype(np.int64), image > 99):
             x = x.transpose(order)
             if x.dtype != np.uint8 or order[0]:
                 said = refused("an array uint8 .H, W, 3., not", encoder.encode_image, [x])
                 fixed = eval(said.rpartition(": give ")[2], {"x": x, "np": np})  # noqa: S307
-                np.testing.assert_array_equal(fixed, image)
+                np.testing.assert_array_equal(fixed, 255 * (image > 99) if x.dtype == bool else image)
     says = "encode_image has no argument normalize; did you mean normalise"
     refused(says, encoder.encode_image, image, normalize=True)
     refused("encode_text takes texts, not int", encoder.encode_text, ["a", 3])
@@ -283,6 +283,11 @@ def test_bad_batches_are_one_sentence(loss):
         refused(says, loss, good, params)
     refused("__call__ has no argument paramss; did you mean params", loss, good, paramss=1)
     refused("2 images need as many texts", lambda: loss.batch([patch(0), patch(1)], ["one"]))
+    refused("the image none.jpg cannot be read", loss.batch, "none.jpg")
+    refused("images=None are no images: give one, or a list of them", loss.batch, None)
+    refused("the batch lacks image", loss, None)
+    refused("step=10{12} is no step .*: give a whole number below", loss, good, step=10**12)
+    np.testing.assert_array_equal(loss.batch(patch(i) for i in range(8))["image"], good["image"])
 
 
 def test_configs_as_arguments(tmp_path, monkeypatch):

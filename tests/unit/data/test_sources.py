@@ -131,6 +131,12 @@ def test_tfds_without_tensorflow(tmp_path):
         assert "config.data.path" in refused(complaint, open_source, spec.format(dir=tmp_path))
 
 
+@pytest.mark.parametrize("given, lacks", ((None, "has_text, __len__, name, read: "), ([], "has_text, name, read: ")))
+def test_a_module_that_opens_no_source(monkeypatch, given, lacks):
+    monkeypatch.setitem(sys.modules, "mine", mock.Mock(__file__="mine.py", open_source=lambda options: given))
+    refused(f"the module mine opens nothing with {lacks}give module:NAME", open_source, "module:mine?a=1")
+
+
 def test_without_scikit_image(tmp_path, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "skimage" else find(name))
@@ -168,7 +174,8 @@ def on_disk(columns):
 
 
 PATHS, IMAGES = [where(i) for i in range(COUNT)], [encoded(i) for i in range(COUNT)]
-ROWS = [json.dumps({"id": i, "path": PATHS[i], "text": CAPTIONS[i]}) for i in range(COUNT)]
+CELLS = [path if i % 2 else {"path": path} for i, path in enumerate(PATHS)]
+ROWS = [json.dumps({"id": i, "path": CELLS[i], "text": CAPTIONS[i]}) for i in range(COUNT)]
 # The same 23 records in each form.
 FORMS = {
     "csv": {"a.csv": {"image": PATHS, "caption": CAPTIONS}},
