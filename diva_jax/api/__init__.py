@@ -1,4 +1,5 @@
-"""What `import diva_jax` offers to people who write Python: encoders, losses, and the commands as functions."""
+"""What `import diva_jax` offers to people who write Python: encoders, losses, and the commands as functions. Bad input
+raises a UserError in each of them, with a message that says what to do."""
 
 import dataclasses
 import os
@@ -63,18 +64,13 @@ class Loss:
     def batch(
         self, images: Sequence[ImageLike], texts: Sequence[str | Sequence[str]] | None = None, seed: int = 0
     ) -> dict[str, np.ndarray]:
-        """Makes a batch as the data pipeline does: one random crop of each image, at the size that each input has.
+        """Makes a batch, {name: array [B, *shape]}, as the data pipeline does: one random crop of each image at the
+        size that each input has.
 
         Args:
-          images: what `Encoder.preprocess` takes, each.
+          images: what `Encoder.encode_image` takes.
           texts: as many captions, for objectives that read them, or lists of texts that differ in one fact.
           seed: of the crops and of whatever the inputs draw.
-
-        Returns:
-          name -> array [B, *shape].
-
-        Raises:
-          UserError: an image cannot be read, or texts are missing.
         """
         if self.config.data.latents:
             raise UserError("Loss.batch reads no cache: give fields={'data.latents': ''}, for what it holds")
@@ -89,10 +85,8 @@ class Loss:
             image, rng = as_image(given).convert("RGB"), np.random.default_rng((seed, i))
             box = sample_box(rng, *image.size, tuple(c.scale), tuple(c.ratio))
             one = text is None or isinstance(text, str)
-            try:
+            with explained(f"the texts of image {i} cannot be used", "give others", ValueError):
                 example = Example(image, caption(text) if one else None, box, rng, texts=None if one else listed(text))
-            except ValueError as e:
-                raise UserError(f"image {i}: {e}") from e
             for choice in (made.alternatives for made in self._inputs.values() if hasattr(made, "alternatives")):
                 if not choice(example, np.random.default_rng(0)):
                     raise UserError(f"image {i} needs {choice.wanted}: give it in texts")
@@ -126,9 +120,6 @@ class Loss:
             rows of the images in the global batch (default 0 to B - 1), from which their random draws follow.
           params: other values than `self.params`, of all its names.
           step: another step has other random draws.
-
-        Raises:
-          UserError: an input or a parameter is missing, or has another shape or dtype.
         """
         batch, params = self._checked(batch), self._complete(params)
         batch = jax.device_put(batch, jax.sharding.NamedSharding(self._mesh, partition.BATCH))
@@ -160,9 +151,6 @@ class Loss:
         Returns:
           name -> array, of whole towers: "vision/NAME", and where the objective tunes them "text/NAME", "logit_scale"
           and "logit_bias".
-
-        Raises:
-          UserError: a parameter is missing, or has another shape or dtype.
         """
         out = {}
         for tower, arrays in self._program.towers({**self.frozen, **self._complete(params)}).items():
@@ -196,15 +184,8 @@ Config = ConfigDict | str | os.PathLike
 
 
 def read_config(config: Config, fields: Mapping[str, Any] | None = None) -> ConfigDict:
-    """Returns a config with some fields changed; a ConfigDict that is given is not changed.
-
-    Args:
-      config: a result of `config.default`, a config file or its name: "configs/vitl14.py", "vitl14:faithful".
-      fields: dotted path of a field -> value, as the flags of the commands have them: {"optim.lr": 3e-4}.
-
-    Raises:
-      UserError: there is no such file, it has no config, or there is no such field.
-    """
+    """Returns a config (a result of `config.default`, which is not changed, a config file or its name, such as
+    "vitl14:faithful") with other values of some fields, by dotted path as in flags: {"optim.lr": 3e-4}."""
     if not isinstance(config, ConfigDict | str | os.PathLike):
         raise UserError(f"config={brief(config)} is no config: give a result of config.default, a file or a name")
     copied = config.copy_and_resolve_references() if isinstance(config, ConfigDict) else config_files.read(config)
@@ -230,9 +211,6 @@ def load(
       spec: for a bare file that does not say what it is: a row of `backbones.TABLE` such as "vitl14", or a Spec.
       batch_size: the largest number of images or texts that are computed at once.
       dtype: compute type, "float32" or "bfloat16".
-
-    Raises:
-      UserError: the source is missing, invalid, or of another architecture than `spec`.
     """
     for name, value in {"batch_size": batch_size, "dtype": dtype}.items():
         if problem := declarations.declared(Settings)[name].problem(value):
@@ -260,9 +238,6 @@ def objective(config: Config, fields: Mapping[str, Any] | None = None) -> Loss:
     Args:
       config: a result of `config.default`, or a config file.
       fields: dotted path of a field -> value, see `read_config`.
-
-    Raises:
-      UserError: the config is not valid, or weights are missing.
     """
     return Loss(read_config(config, fields))
 
@@ -271,7 +246,7 @@ def objective(config: Config, fields: Mapping[str, Any] | None = None) -> Loss:
 def train(
     config: Config, workdir: str | os.PathLike, *, fields: Mapping[str, Any] | None = None, init_from: str | None = None
 ) -> str:
-    """Trains, or resumes from the last checkpoint in the workdir.
+    """Trains, or resumes from the last checkpoint in the workdir, and returns the workdir.
 
     Args:
       config: a result of `config.default`, or a config file.
@@ -279,11 +254,7 @@ def train(
       fields: dotted path of a field -> value, see `read_config`.
       init_from: WORKDIR or WORKDIR:STEP of another run, see `loop.Run`.
 
-    Returns:
-      The workdir, for `load`, `evaluate` and `export`.
-
     Raises:
-      UserError: the config, the data, the weights or the workdir is invalid.
       RunError: the run failed, see `loop.Run.run`.
       KeyboardInterrupt: SIGTERM or the first SIGINT came; the run is saved, and the same call resumes it.
     """
@@ -305,7 +276,7 @@ def evaluate(
     control: str = "",
     best: bool = False,
 ) -> dict[str, Any]:
-    """Evaluates sets of weights; the first is what every other is compared with.
+    """Returns the content of results.json for sets of weights, the first of which every other is compared with.
 
     Args:
       config: the config of the backbone: a result of `config.default`, or a config file.
@@ -317,11 +288,7 @@ def evaluate(
         with it too; of a group its name.
       best: whether the best of several checkpoints of one run is named, with what the best would be by chance.
 
-    Returns:
-      The content of results.json.
-
     Raises:
-      UserError: the config, weights or data are invalid.
       RunError: embeddings are not finite.
     """
     weights = [path("weights", source) for source in sequence("weights", weights, str | os.PathLike)]
@@ -358,7 +325,7 @@ def export(
     params: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> str:
-    """Exports a run, or converts weights of any supported format.
+    """Exports a run, or converts weights of any supported format, and returns the folder.
 
     Args:
       source: the workdir of a run, or a source of weights that describes itself.
@@ -368,9 +335,6 @@ def export(
       dtype: of the exported weights, "float32", "float16" or "bfloat16".
       params: other values of the source's towers, those of a loop of one's own: what `Loss.towers` returns.
       **options: of `export.publish.ExportOptions`: the card's license and scores, the hub's repository.
-
-    Returns:
-      The folder.
 
     Raises:
       UserError, RunError: as `export.layouts.export`.

@@ -114,9 +114,6 @@ class Encoder:
         Returns:
           uint8 [S, S, 3], S = `spec.image_size`. Normalisation with `spec.mean` and `spec.std` is left to
           `encode_image`, on the device.
-
-        Raises:
-          UserError: it is none of these, or the file cannot be read.
         """
         s, made = self.spec, as_image(image)
         if made.size == (s.image_size, s.image_size) and not isinstance(image, Image.Image | str | os.PathLike):
@@ -136,7 +133,6 @@ class Encoder:
           float32 [N, D]; N is 1 for one image.
 
         Raises:
-          UserError: as `preprocess`.
           RunError: an embedding is not finite.
         """
         given = as_images(images)
@@ -195,9 +191,6 @@ class Encoder:
         Args:
           params: what `Loss.towers` returns: "vision/NAME" or "text/NAME" -> array, with NAME as in `arrays`. A tower
             that is not in it stays, and scales have no part in embeddings.
-
-        Raises:
-          UserError: a parameter is missing or unknown, or has another shape.
         """
         towers = origins.whole_towers(mapping("params", params, "Loss.towers()"), self.spec)
         new, min_shard = copy.copy(self), self._config.mesh.min_shard
@@ -235,11 +228,9 @@ def as_image(given: ImageLike) -> Image.Image:
 
 def _converted(array: np.ndarray) -> str:
     """How an array `x` becomes uint8 [H, W, 3], as Python."""
-    kinds, text = "biuf", "x"
-    if array.ndim != 3 or array.dtype.kind not in kinds or not array.size or 3 not in (array.shape[0], array.shape[-1]):
+    if array.ndim != 3 or array.dtype.kind not in "biuf" or not array.size or 3 not in array.shape[::2]:
         return "one of these"
-    if array.shape[-1] != 3:
-        text = "np.moveaxis(x, -3, -1)"
+    text = "x" if array.shape[-1] == 3 else "np.moveaxis(x, -3, -1)"
     low, high = array.min(), array.max()
     if array.dtype.kind in "bf" and 0 <= low and high <= 1:
         return f"(255 * {text}).round().astype('uint8')"

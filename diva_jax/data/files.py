@@ -3,7 +3,6 @@ and files of text, such as tables, questions and names of classes."""
 
 import concurrent.futures
 import csv
-import fnmatch
 import glob
 import io
 import itertools
@@ -51,13 +50,9 @@ def hidden(name: str) -> bool:
 
 
 def _visible(paths: Iterable[str], given: str) -> list[str]:
-    """The sorted paths of which no part is hidden, except parts that the given path or pattern itself has."""
-    asked = [part for part in given.split("/") if hidden(part)]
-
-    def shown(part: str) -> bool:
-        return not hidden(part) or any(part == a or fnmatch.fnmatch(part, a) for a in asked)
-
-    return sorted(p for p in paths if all(map(shown, p.split("/"))))
+    """The sorted paths that have no more hidden parts than the path or pattern that was given, whose own are wanted."""
+    asked = sum(map(hidden, given.split("/")))
+    return sorted(p for p in paths if sum(map(hidden, p.split("/"))) <= asked)
 
 
 def kind_of(name: str) -> str | None:
@@ -240,11 +235,9 @@ def find(path: str) -> tuple[str, list[str]]:
         for what, left in missed.items():
             log.warn("%s: %d %s beside the %s are not read (%s)", path, len(left), what, kind, listing(left, 2))
         return kind, by_kind[kind] + (by_kind.get(UNREAD, []) if kind == "images" else [])
-    raise UserError(
-        f"config.data.path={path!r} has neither .tar shards nor images ({', '.join(IMAGE_SUFFIXES)}) nor tables "
-        "(.arrow, .parquet, .csv, .tsv, .jsonl) in it; shards that are compressed must be unpacked, and images of "
-        "other formats converted to JPEG or PNG"
-    )
+    problem = f"config.data.path={path!r} has neither .tar shards nor images ({', '.join(IMAGE_SUFFIXES)}) nor tables"
+    advice = "unpack shards that are compressed, and convert images of other formats to JPEG or PNG"
+    raise UserError(f"{problem} (.arrow, .parquet, .csv, .tsv, .jsonl) in it: {advice}")
 
 
 def split(name: str) -> tuple[str, str]:

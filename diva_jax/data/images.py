@@ -93,8 +93,8 @@ _MEMORY, _THREAD = Memory(2**32), threading.local()
 
 @contextlib.contextmanager
 def kept() -> Iterator[None]:
-    """Context manager for a thread that reads images, one after the other: the room for the last one is kept until the
-    next one or the end, and not only until it is decoded."""
+    """Context manager, or decorator, for a thread that reads images, one after the other: the room for the last one is
+    kept until the next one or the end, and not only until it is decoded."""
     with contextlib.ExitStack() as _THREAD.stack:
         try:
             yield

@@ -2,6 +2,7 @@
 image or row is an error here, since every image counts in a score; the sources of training skip it."""
 
 import dataclasses
+import functools
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -109,11 +110,8 @@ def tfds(spec: str) -> Images:
     """A prepared tfds dataset with labels: `tfds:name/split[?data_dir=...&image=...&label=...]`, see `TfdsSource`."""
     source = TfdsSource(spec, "--data", {"image": "image", "label": "label"})
     names = [source.name(i).removeprefix("tfds:") for i in range(len(source))]
-
-    def read(i: int) -> Image.Image:
-        return open_image(source.read(i, with_text=False).image, names[i], rgb=True)
-
-    return Images(names, read, *source.labels())
+    read = functools.partial(source.read, with_text=False)
+    return Images(names, lambda i: open_image(read(i).image, names[i], rgb=True), *source.labels())
 
 
 def image_files(paths: Sequence[str | Path], targets: Sequence, root: Path, rgb: bool = True, **kw) -> Images:

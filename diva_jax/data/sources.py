@@ -69,10 +69,8 @@ def caption(value) -> str | None:
     of texts, which are several captions; or None. A ValueError for anything else."""
     if isinstance(value, bytes):
         value = value.decode("utf-8-sig")
-    if isinstance(value, str):
-        return value if len(captions(value)) < 2 else " ".join(captions(value))
-    if value is None:
-        return None
+    if value is None or isinstance(value, str):
+        return " ".join(lines) if len(lines := captions(value)) > 1 else value
     if isinstance(value, Iterable) and not isinstance(value, Mapping):
         return "\n".join(filter(None, map(caption, value)))
     raise ValueError(f"its caption is no text but {value!r}")

@@ -31,6 +31,7 @@ _MAX_ROW_GROUP_BYTES = 2**30
 _ROWS_AT_ONCE = 16
 # Random access is slow in row groups with more bytes than these.
 _LARGE_ROW_GROUP_BYTES = 2**26
+_SMALLER = "write it with fewer rows per row group, such as df.to_parquet(..., row_group_size=1000)"
 # Largest number of bytes in a line of JSON Lines, and of entries in a list.
 _MAX_LINE, _MAX_LIST = 2**24, 2**12
 # Number of rows that are checked for paths.
@@ -201,11 +202,8 @@ def _read_row_group(path: str, group: int, columns: tuple[str, ...]) -> pa.Table
         for batch in parquet.iter_batches(_ROWS_AT_ONCE, [group], list(columns), use_threads=False):
             size += batch.nbytes
             if size > _MAX_ROW_GROUP_BYTES:
-                raise UserError(
-                    f"config.data.path: {path} has a row group of more than {_MAX_ROW_GROUP_BYTES // 2**20} MB, which "
-                    "must be in memory at once: write it with fewer rows per row group, e.g. with "
-                    "df.to_parquet(..., row_group_size=1000)"
-                )
+                problem = f"{path} has a row group of more than {_MAX_ROW_GROUP_BYTES // 2**20} MB"
+                raise UserError(f"config.data.path: {problem}, which must be in memory at once: {_SMALLER}")
             batches.append(batch)
         return pa.Table.from_batches(batches, parquet.schema_arrow.empty_table().select(list(columns)).schema)
 
@@ -297,10 +295,6 @@ def open_tables(
         problem = f"{without[0]} has no column with captions, but {len(parts)} files must agree"
         raise UserError(f"config.data.path: {problem}")
     if (largest := parts[0].row_group_bytes) > _LARGE_ROW_GROUP_BYTES:
-        log.warn(
-            "%s has row groups of up to %d MB, one of which is read for every image: write it with fewer rows per row "
-            "group, or as a folder of save_to_disk",
-            parts[0].path,
-            largest // 2**20,
-        )
+        many = f"{parts[0].path} has row groups of up to {largest // 2**20} MB, one of which is read for every image"
+        log.warn("%s: %s, or as a folder of save_to_disk", many, _SMALLER)
     return TableSource(parts, allow_urls)

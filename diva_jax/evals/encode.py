@@ -144,14 +144,11 @@ class Towers:
         the arrays of one item, of the shapes `like`; it is called from threads, while the previous batch is in use."""
         mine = partition.rows_here(self.mesh, self.batch)
         padding = [np.zeros(x.shape, x.dtype) for x in like]
+        read = images.kept()(read)
         with ThreadPoolExecutor(files.THREADS) as pool:
 
-            def one(i: int) -> tuple:
-                with images.kept():
-                    return read(i)
-
             def begin(first: int) -> dict[int, Future]:
-                return {i: pool.submit(one, first + i) for i in mine if first + i < count}
+                return {i: pool.submit(read, first + i) for i in mine if first + i < count}
 
             ahead = begin(0)
             try:

@@ -37,16 +37,10 @@ class SegmentationOptions:
 
     last: str = field("sclip", "The last block is run in this variant.", one_of(*VARIANTS))
     short_side: int = field(0, "The shorter side is resized to this; 0: one and a half windows [pixels].", at_least(0))
-    stride: int = field(
-        0,
-        "Windows, which are of the backbone's image size, have this distance; 0: half a window [pixels].",
-        at_least(0),
-    )
+    stride: int = field(0, "The distance of windows of the backbone's image size; 0: half of it [pixels].", at_least(0))
     scale: float = field(40.0, "Cosines are multiplied by this before the softmax.", above(0))
     background: float = field(0.0, "A set with a background has it where no class is as probable as this.", below(0, 1))
-    classes: str = field(
-        "", "A text file with a line per class, synonyms separated by commas; if empty, the set's own."
-    )
+    classes: str = field("", "A file with a line per class, synonyms separated by commas; if empty, the set's own.")
     allow_partial: bool = field(False, "Whether a set may have fewer images than the published one.")
 
 
