@@ -125,10 +125,10 @@ def test_one_of_several_captions_is_drawn():
     for text, value in (("two lines", "two\n\nlines"), ("a cup", ["a cup", "\n"]), ("a cup", b"\xef\xbb\xbfa cup")):
         assert drawn(value, 3) == (text, np.random.default_rng(3).random())
     record = Record("", b"", sources.caption([*said, "nothing"]), tuple(GOOD[:2]))
-    rngs = [np.random.default_rng(seed) for seed in range(60)]
-    edited, listed = ([kind(record, rng) for rng in rngs] for kind in (Edits(4, True), Listed(2, True)))
-    assert {n for _, n in listed} == {"a red cup", "two dogs", "one blue hat", "nothing"}
-    assert {n for _, n in edited} == {"a red cup", "two dogs", "one blue hat"} and all(t[0] == n for t, n in edited)
+    for kind, others in ((Edits(4, True), set()), (Listed(2, True), {"nothing"})):
+        found = [kind(record, np.random.default_rng(seed)) for seed in range(60)]
+        assert {n for _, n in found} == {"a red cup", "two dogs", "one blue hat"} | others
+        assert others or all(texts[0] == n for texts, n in found)
 
 
 def test_inputs_that_cannot_be_are_one_sentence(captioned, noisy):

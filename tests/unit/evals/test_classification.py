@@ -121,7 +121,6 @@ def test_labels_of_folders(tmp_path, caplog):
 
 
 def test_every_image_of_a_class_folder_counts(tmp_path, caplog):
-    """Also those that are one sample for training."""
     there = ["cat/a.jpg", "dog/img.draft.jpg", "dog/img.final.jpg", "dog/photo.jpg", "dog/photo.png"]
     trees.change(tmp_path, dict.fromkeys([*there, "cat/b.heic", "dog/photo.txt"], "PNG"))
     images = labelled.class_folders(tmp_path)
