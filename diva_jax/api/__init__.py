@@ -1,5 +1,4 @@
-"""What `import diva_jax` offers to people who write Python: encoders, losses, and the commands as functions. Bad input
-raises a UserError in each of them, with a message that says what to do."""
+"""What `import diva_jax` offers to people who write Python: encoders, losses, and the commands as functions."""
 
 import dataclasses
 import os
@@ -65,7 +64,7 @@ class Loss:
         self, images: Sequence[ImageLike], texts: Sequence[str | Sequence[str]] | None = None, seed: int = 0
     ) -> dict[str, np.ndarray]:
         """Makes a batch, {name: array [B, *shape]}, as the data pipeline does: one random crop of each image at the
-        size that each input has.
+        size that each input has. A UserError where an image cannot be read, or texts are missing.
 
         Args:
           images: what `Encoder.encode_image` takes.
@@ -114,6 +113,7 @@ class Loss:
         """Computes the loss of a batch and its gradients with respect to the trained parameters.
 
         The batch is one micro-batch. With the same config, step and rows the random draws are those of training.
+        A UserError where an input or a parameter is missing, or has another shape or dtype.
 
         Args:
           batch: each input as [B, *shape], B a multiple of the number of devices; optionally "row", int32 [B], the
@@ -143,7 +143,8 @@ class Loss:
 
     @named()
     def towers(self, params: Mapping[str, jax.Array] | None = None) -> dict[str, jax.Array]:
-        """Computes the tuned model, with adapters merged: for `Encoder.with_params` and `export`.
+        """Computes the tuned model, with adapters merged: for `Encoder.with_params` and `export`. A UserError where a
+        parameter is missing, or has another shape or dtype.
 
         Args:
           params: other values than `self.params`, of all its names.
@@ -185,7 +186,8 @@ Config = ConfigDict | str | os.PathLike
 
 def read_config(config: Config, fields: Mapping[str, Any] | None = None) -> ConfigDict:
     """Returns a config (a result of `config.default`, which is not changed, a config file or its name, such as
-    "vitl14:faithful") with other values of some fields, by dotted path as in flags: {"optim.lr": 3e-4}."""
+    "vitl14:faithful") with other values of some fields, by dotted path as in flags: {"optim.lr": 3e-4}. A UserError
+    where there is no such config or field."""
     if not isinstance(config, ConfigDict | str | os.PathLike):
         raise UserError(f"config={brief(config)} is no config: give a result of config.default, a file or a name")
     copied = config.copy_and_resolve_references() if isinstance(config, ConfigDict) else config_files.read(config)
@@ -203,7 +205,7 @@ def read_config(config: Config, fields: Mapping[str, Any] | None = None) -> Conf
 def load(
     source: str | os.PathLike, *, spec: backbones.Spec | str | None = None, batch_size: int = 64, dtype: str = "float32"
 ) -> Encoder:
-    """Loads an encoder onto the devices of this process.
+    """Loads an encoder onto the devices of this process. A UserError where the source is invalid or is not of `spec`.
 
     Args:
       source: the workdir of a run, `WORKDIR:STEP` for another checkpoint than the last, or any source of weights: an
@@ -233,7 +235,8 @@ def load(
 
 @named()
 def objective(config: Config, fields: Mapping[str, Any] | None = None) -> Loss:
-    """Loads an objective with its weights: the loss that `train` minimises, and its gradients.
+    """Loads an objective with its weights: the loss that `train` minimises, and its gradients. A UserError where the
+    config is not valid, or weights are missing.
 
     Args:
       config: a result of `config.default`, or a config file.
@@ -255,6 +258,7 @@ def train(
       init_from: WORKDIR or WORKDIR:STEP of another run, see `loop.Run`.
 
     Raises:
+      UserError: the config, the data, the weights or the workdir is invalid.
       RunError: the run failed, see `loop.Run.run`.
       KeyboardInterrupt: SIGTERM or the first SIGINT came; the run is saved, and the same call resumes it.
     """
@@ -289,6 +293,7 @@ def evaluate(
       best: whether the best of several checkpoints of one run is named, with what the best would be by chance.
 
     Raises:
+      UserError: the config, weights or data are invalid.
       RunError: embeddings are not finite.
     """
     weights = [path("weights", source) for source in sequence("weights", weights, str | os.PathLike)]

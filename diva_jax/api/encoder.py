@@ -106,7 +106,7 @@ class Encoder:
         return self._towers[batch]
 
     def preprocess(self, image: ImageLike) -> np.ndarray:
-        """Resizes and crops an image for this encoder.
+        """Resizes and crops an image for this encoder. A UserError where it is none, or cannot be read.
 
         Args:
           image: a PIL image of any mode, a file, or uint8 [H, W, 3]. An array [S, S, 3] is a result, and unchanged.
@@ -122,7 +122,7 @@ class Encoder:
 
     @named()
     def encode_image(self, images: ImageLike | Sequence[ImageLike], normalise: bool = False) -> np.ndarray:
-        """Computes the pooled embeddings of images.
+        """Computes the pooled embeddings of images. A UserError as of `preprocess`.
 
         Args:
           images: a sequence of what `preprocess` takes, one of them, or an array uint8 [N, H, W, 3]. Results of
@@ -186,7 +186,8 @@ class Encoder:
         return dict(self._weights.vision)
 
     def with_params(self, params: Mapping[str, jax.Array]) -> "Encoder":
-        """Returns an encoder with other values of whole towers, such as those that a loop of one's own has tuned.
+        """Returns an encoder with other values of whole towers, such as those that a loop of one's own has tuned. A
+        UserError where a parameter is missing or unknown, or has another shape.
 
         Args:
           params: what `Loss.towers` returns: "vision/NAME" or "text/NAME" -> array, with NAME as in `arrays`. A tower
