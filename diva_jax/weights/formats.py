@@ -40,8 +40,7 @@ _MAX_COMPRESSED_BYTES = 2**28
 _TEMPORARY = ".unfinished"  # At the end of the names of folders that are being written.
 OPEN_CLIP_CONFIG = "open_clip_config.json"
 _CORRUPT = "is truncated or corrupt"
-# What safetensors raises for files that are damaged.
-_DAMAGE = (SafetensorError, OSError, ValueError, OverflowError, MemoryError)
+_DAMAGE = (SafetensorError, OSError, ValueError, OverflowError, MemoryError)  # Of files that safetensors reads.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +54,10 @@ class Tensor:
     def __array__(self, dtype=None, copy=None) -> np.ndarray:
         array = self.read()
         return array if dtype is None else array.astype(dtype)
+
+    def reshape(self, shape: tuple[int, ...]) -> "Tensor":
+        """The tensor in another shape, read as lazily; a numpy array has this method too."""
+        return Tensor(shape, self.dtype, lambda: self.read().reshape(shape))
 
 
 class Tensors(dict[str, Tensor]):
@@ -107,8 +110,7 @@ def _unwrapped(content, kind: type, depth: int = 3) -> dict:
 
 
 def _check_archive(path: Path) -> None:
-    """Refuses TorchScript, and archives whose members are together larger than the file that they are in. torch stores
-    the values of tensors without compression. Only code and pickles may be compressed, and are small."""
+    """Refuses TorchScript, and archives with more content than the file; torch compresses no values of tensors."""
     # zipfile raises NotImplementedError, struct.error and others on damaged directories.
     with explained(f"{path} {_CORRUPT}", "fetch the file again", Exception):
         members = zipfile.ZipFile(path).infolist()
@@ -176,9 +178,8 @@ def _safetensors(path: Path) -> dict[str, Tensor]:
 def open_file(path: Path) -> Tensors:
     """Opens a local file, safetensors or a state dict that PyTorch has saved: name -> lazy tensor, read when it is
     requested. A UserError where it is missing, truncated or of another format, or needs torch, which is not there."""
-    if path.exists() and not path.is_file():  # A pipe, a device or a socket, whose reading may never end, or a folder.
-        raise UserError(f"{path} is not a regular file: give a file of weights")
-    with explained(f"{path} cannot be read", "give a file of weights"), open(path, "rb") as f:
+    advice = "give a file of weights"
+    with explained(f"{path} cannot be read", advice), open(path, "rb", opener=json_files.open_regular) as f:
         start = f.read(64)
     if start[8:9] == b"{":
         return Tensors(_safetensors(path), [path])
@@ -259,7 +260,6 @@ def write_safetensors(path: str | Path, tensors: Mapping[str, np.ndarray]) -> No
     with paths.whole_file(path) as temporary:
         temporary.touch()
         mode = temporary.stat().st_mode
-        # The disk may be full, for example.
         with explained(f"{path} is not written", "make room", SafetensorError, kind=OSError):
             save_file(dense, temporary, metadata={"format": "pt"})
         temporary.chmod(mode)  # save_file makes files that only their owner can read.
@@ -286,15 +286,15 @@ def refuse_taken(out: str | Path) -> None:
     paths.check_writable(out, "--out")
 
 
-def _lock(folder: Path) -> int | None:
-    """Locks a folder until the descriptor is closed or the process ends; None where it is locked by another one."""
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Holds the lock of a folder; an OSError where another process does, or the file system has no locks."""
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:  # Locked, or of a file system without locks.
+        yield
+    finally:
         os.close(fd)
-        return None
-    return fd
 
 
 @contextlib.contextmanager
@@ -306,19 +306,15 @@ def new_folder(out: str | Path) -> Iterator[Path]:
     with explained(f"--out={out} cannot be written", "give a folder that you may write"):
         out.parent.mkdir(parents=True, exist_ok=True)
         for left in out.parent.glob(f".{glob.escape(out.name)}.*{_TEMPORARY}"):  # Killed exports have left these.
-            with contextlib.suppress(OSError):
-                if (fd := _lock(left)) is not None:
-                    shutil.rmtree(left, ignore_errors=True)
-                    os.close(fd)
+            with contextlib.suppress(OSError), _locked(left):
+                shutil.rmtree(left, ignore_errors=True)
         tmp = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}{_TEMPORARY}")
         tmp.mkdir()
-        locked = _lock(tmp)
-    try:
+    with contextlib.ExitStack() as held:
+        held.callback(shutil.rmtree, tmp, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            held.enter_context(_locked(tmp))
         with explained(f"--out={out} cannot be written", "give a folder with enough room"):
             yield tmp
             # This replaces an empty folder, and fails if files were added to it in the meantime.
             os.replace(tmp, out)
-    finally:
-        shutil.rmtree(tmp, ignore_errors=True)
-        if locked is not None:
-            os.close(locked)

@@ -60,9 +60,8 @@ def check_names(state, tensors: Mapping, table: Table, *, source: str = "the che
         "unknown": [n for c, n in names.items() if c not in shapes and not table.ignored(c)],
         "wrong shape": [f"{n} (is {there[n]}, should be {shapes[n]})" for n in there if there[n] != shapes[n]],
     }
-    if any(problems.values()):
-        listed = "; ".join(f"{title}: {listing(wrong, 40)}" for title, wrong in problems.items() if wrong)
-        raise UserError(f"{source} does not fit the {table.what} of the config: {listed}")
+    if listed := [f"{title}: {listing(wrong, 40)}" for title, wrong in problems.items() if wrong]:
+        raise UserError(f"{source} does not fit the {table.what} of the config: {'; '.join(listed)}")
 
 
 def assign(
@@ -247,11 +246,9 @@ def to_open_clip_names(tensors: Tensors, spec: Spec, source: str) -> Tensors:
     plan = _layout(spec).recipes(spec)
     known = {n for r in plan for n in r.hf}
     constants = {f"{m}_model.embeddings.position_ids" for m in ("text", "vision")}
-    missing = [n for n in known if n not in tensors]
-    unknown = [n for n in tensors if n not in known | constants]
-    if missing or unknown:
-        parts = [f"{what}: {listing(sorted(n))}" for what, n in (("missing", missing), ("unknown", unknown)) if n]
-        raise UserError(f"{source} does not fit its config.json: {'; '.join(parts)}")
+    problems = {"missing": known - tensors.keys(), "unknown": tensors.keys() - known - constants}
+    if listed := [f"{what}: {listing(sorted(wrong))}" for what, wrong in problems.items() if wrong]:
+        raise UserError(f"{source} does not fit its config.json: {'; '.join(listed)}")
     return Tensors({n: t for r in plan for n, t in _convert(r, tensors, False).items()}, tensors.files)
 
 

@@ -23,7 +23,7 @@ from diva_jax.models.backbones import Spec, architectures
 from diva_jax.models.backbones.shared.open_clip_config import from_open_clip
 from diva_jax.models.names import depth, tensor_shape
 from diva_jax.weights import formats, names
-from diva_jax.weights.formats import OPEN_CLIP_CONFIG, Tensor, Tensors
+from diva_jax.weights.formats import OPEN_CLIP_CONFIG, Tensors
 
 # Names of the files of CLIP weights, without suffix, in order of preference; a folder with open_clip's config has
 # open_clip's names in the first of these.
@@ -171,7 +171,7 @@ class ClipSource:
         return dataclasses.replace(self.spec, source=source)
 
 
-# Prefixes of names that wrappers and training code add.
+# Prefixes of names: of DistributedDataParallel, torch.compile, the training states of DIVA's authors, and others.
 _AROUND = re.compile(r"((module|_orig_mod|model|class_model|clip|clip_model|net|backbone)\.)+")
 
 
@@ -181,10 +181,7 @@ def _recognise(tensors: Tensors, prefix: str = "visual.") -> ModuleType | None:
 
 
 def _open_clip_names(tensors: Tensors, where: str) -> Tensors:
-    """Removes prefixes of a state dict, and moves the names of the vision tower under `visual.`. Prefixes are those of
-    modules around the model: DistributedDataParallel's `module.`, torch.compile's `_orig_mod.`, `class_model.model.` in
-    the training state of DIVA's authors. A vision tower may be alone, and the text tower has one of its architecture's
-    names, see `names.table`."""
+    """Removes prefixes of a state dict, and moves the names of a vision tower that is alone under `visual.`."""
     modules = list(architectures().values())
     ends = tuple(tower + m.CHECKPOINT.mark for tower in ("visual.", "") for m in modules)
     marked = (n.removesuffix(end) for end in ends for n in tensors if n.endswith(end))
@@ -199,10 +196,9 @@ def _open_clip_names(tensors: Tensors, where: str) -> Tensors:
         raise UserError(f"{problem}; its names begin with {said}: {advice}")
     if architecture.CHECKPOINT.text is not None:
         tensors = tensors.renamed(architecture.CHECKPOINT.text.canonical)
-    for name in {"logit_scale", "logit_bias"} & tensors.keys():
-        if (t := tensors[name]).shape == (1,):
-            scalar = Tensor((), t.dtype, lambda t=t: np.asarray(t).reshape(()))
-            tensors = Tensors(tensors | {name: scalar}, tensors.files)
+    for name in tensors.keys() & set(names.SCALARS):
+        if tensors[name].shape == (1,):
+            tensors = Tensors(tensors | {name: tensors[name].reshape(())}, tensors.files)
     return tensors
 
 

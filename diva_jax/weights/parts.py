@@ -15,7 +15,6 @@ from diva_jax.common.errors import UserError
 from diva_jax.data import tokenizers
 from diva_jax.models import layers
 from diva_jax.models.backbones import Spec, TextSpec, architecture
-from diva_jax.models.backbones.shared.transformer import require_text
 from diva_jax.models.diffusion.schedule import ScheduleConfig
 from diva_jax.models.diffusion.text_encoder import TextEncoder, TextEncoderConfig
 from diva_jax.models.diffusion.unet import UNet, UNetConfig
@@ -66,13 +65,13 @@ def _part(config):
 def open_tower(tower: str, source: origins.ClipSource, spec: Spec, field: str = "config.backbone") -> Opened:
     """A tower of `spec`, "vision" or "text", of a checkpoint; a UserError where that has another one, or none.
     Positions are interpolated to the resolution of `spec`, or stretched to its context where it asks for that."""
+    table = names.table(tower, spec)
     if tower == "vision":
         origins.check_architecture(source, spec, field)
         tensors = names.to_resolution(source.tensors, spec)
         old, new = architecture(spec.arch).CHECKPOINT.positions.grid(source.tensors), spec.grid
         note = f"position embeddings interpolated from {old} x {old} to {new} x {new} patches"
     else:
-        require_text(spec)
         if not source.has_text:
             raise UserError(f"{source.where} contains only a vision tower: give the checkpoint of the whole model")
         if source.spec is not None:
@@ -81,9 +80,8 @@ def open_tower(tower: str, source: origins.ClipSource, spec: Spec, field: str = 
             origins.check_same(stated, spec.text, stated.keys() - free, source.where, "config.backbone.text")
         tensors = names.to_context(source.tensors, spec.text)
         note = f"position embeddings of texts stretched to {spec.text.context_length} tokens"
-    opened = Opened(tensors, names.table(tower, spec), source.where, note * (tensors is not source.tensors))
-    names.check_names(names.abstract(tower, spec), tensors, opened.table, source=source.where)
-    return opened
+    names.check_names(names.abstract(tower, spec), tensors, table, source=source.where)
+    return Opened(tensors, table, source.where, note * (tensors is not source.tensors))
 
 
 def open_diffusers(folder: Path, config, field: str = "") -> Opened:
@@ -198,11 +196,8 @@ def diffusers(source: str, config, field: str, scheduler: ScheduleConfig | None 
 def with_matrices(tensors: Tensors) -> Tensors:
     """The attention's 1x1 convolutions [n, n, 1, 1] of FLUX's autoencoder as matrices [n, n]."""
 
-    def squeezed(tensor) -> Tensor:
-        return Tensor(tensor.shape[:2], tensor.dtype, lambda: np.asarray(tensor).reshape(tensor.shape[:2]))
-
     attn = ".mid.attn_1."
-    matrices = {n: squeezed(t) if attn in n and tuple(t.shape[2:]) == (1, 1) else t for n, t in tensors.items()}
+    matrices = {n: t.reshape(t.shape[:2]) if attn in n and t.shape[2:] == (1, 1) else t for n, t in tensors.items()}
     return Tensors(matrices, tensors.files)
 
 

@@ -303,16 +303,13 @@ def export(
     torch = formats.import_torch("--format=pt") if fmt == "pt" else None
 
     def tensor(t: Tensor):
-        array = np.array(np.asarray(t), order="C")  # A copy, which PyTorch may write to.
-        if array.dtype == jnp.bfloat16:
-            return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
-        return torch.from_numpy(array)
+        bits = np.array(np.asarray(t), order="C").view(f"i{t.dtype.itemsize}")  # A copy, which PyTorch may write to.
+        return torch.from_numpy(bits).view(getattr(torch, dtype))
 
     config = _config(fmt, spec, dtype, hub, source)
     with formats.new_folder(out) as folder:
         if fmt == "pt":
             state = {n.removeprefix("visual."): tensor(t) for n, t in tensors.items()}
-            # The disk may be full, for example.
             with explained(f"{folder / PT_FILE} is not written", "make room", RuntimeError, kind=OSError):
                 torch.save(state, folder / PT_FILE)
             del state  # Its memory is needed where the export is read back.
