@@ -33,17 +33,12 @@ _CONFIG = cli.define_config()
 _TOPOLOGY = flags.DEFINE_string("topology", "v5e:4x4", "Chip and shape of the slice, e.g. v5e:4x4, tpu7x:2x2x2.")
 _BATCH = flags.DEFINE_integer("per-device-batch", None, "Images per device and micro-batch; default: the config's.")
 _SEARCH = flags.DEFINE_bool("search", False, "Find the largest per-device batch that fits (several compilations).")
-_SAVE = flags.DEFINE_string(
-    "save",
-    None,
-    "Write the executables of all stages to this folder, which may be in a bucket, for main --executables.",
-)
+_SAVE = flags.DEFINE_string("save", None, "Folder or gs://... for all stages' executables, for main --executables.")
 _HLO = flags.DEFINE_string("hlo", None, "Write the optimised HLO text to this file.")
 _JSON = flags.DEFINE_string("json", None, "Write the report to this file as JSON; '-' prints it instead of the tables.")
 
 _GIB = 2**30
-# By default, libtpu queries the machine's metadata service and environment for its slice, and can be loaded by only one
-# process per machine. Neither is needed for compilation.
+# Without these, libtpu asks the machine's metadata service for its slice, and only one process can load it.
 _ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
@@ -237,11 +232,10 @@ def main() -> None:
         if name != "save" and path.is_dir():
             raise UserError(f"--{name}={path} is a folder: give a file")
     row = search(config, topology) if _SEARCH.value else report(config, topology, wanted.get("save"), wanted.get("hlo"))
-    if _JSON.value:
-        text = json.dumps(row, indent=1)
-        print(text) if _JSON.value == "-" else paths.write_whole(wanted["json"], text + "\n")
-    if _JSON.value != "-":
-        print(text_of(row), flush=True)
+    text = json.dumps(row, indent=1)
+    if "json" in wanted:
+        paths.write_whole(wanted["json"], text + "\n")
+    print(text if _JSON.value == "-" else text_of(row), flush=True)
 
 
 entry = functools.partial(cli.run, main, described=configs.described)

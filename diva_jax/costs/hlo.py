@@ -22,8 +22,7 @@ _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _START = re.compile(r"^\s+(?:ROOT )?%?[\w.\-]+ = ")
 _CALLED = re.compile(r"(?:calls|to_apply|body|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
-# Operations without memory traffic: names for parts of other arrays, and the ends of copies, which are counted at their
-# start.
+# Operations without memory traffic: names for parts of arrays, and ends of copies, which are counted at their start.
 FREE = frozenset(
     "parameter get-tuple-element tuple bitcast constant after-all partition-id replica-id "
     "copy-done slice-done async-done async-update send-done recv-done opt-barrier".split()
@@ -73,11 +72,7 @@ class Computation(dict[str, Op]):
     @functools.cached_property
     def readers(self) -> dict[str, Op]:
         """Name of an operand -> the first operation that reads it."""
-        first = {}
-        for op in self.values():
-            for operand in op.operands:
-                first.setdefault(operand, op)
-        return first
+        return {operand: op for op in reversed(self.values()) for operand in op.operands}
 
     def origin(self, op: Op) -> str:
         """Returns the path of an operation. If it has none, as prefetches do, the path of the op that reads it."""
@@ -270,8 +265,7 @@ def kernel_flops(op: Op, computation: Computation, side: int = 1) -> int:
     return 2 * batch * tokens * (narrow * padded(channels) * number + wide * channels * padded(number))
 
 
-# (name, pattern) of an operation's path in the traced program; the first match counts. Most of the names are
-# `jax.named_scope`s.
+# (name, pattern) of an operation's path in the traced program; the first match counts.
 PARTS = (("vae", r"\bvae\b"), ("unet", r"\bunet\b"), ("vision", r"\bvision\b"), ("optimizer", r"\boptimizer\b"))
 KINDS = (
     ("attention", r"\battention\b"),
@@ -347,11 +341,9 @@ def analyse(text: str, chip: Chip) -> dict:
         }
 
     total = sum(costs.values(), collections.Counter())
-    collected: dict[str, dict] = {}
+    collected = collections.defaultdict(collections.Counter)
     for name, count, size in sorted(channels.values()):
-        sums = collected.setdefault(name, {"count": 0, "gb": 0.0})
-        sums["count"] += count
-        sums["gb"] += size / 1e9
+        collected[name].update(count=count, gb=size / 1e9)
     return {
         **row(total),
         "kernel_ms": 1e3 * total["kernel_flops"] / chip.flops,
@@ -359,6 +351,6 @@ def analyse(text: str, chip: Chip) -> dict:
             part: row(cost) | {"kinds": {k: 1e3 * n / chip.clock for k, n in kinds[part].most_common() if n}}
             for part, cost in sorted(costs.items(), key=lambda i: -i[1]["cycles"])
         },
-        "collectives": collected,
+        "collectives": {name: dict(sums) for name, sums in collected.items()},
         "kernels": dict(sorted(kernels.items())),
     }
