@@ -20,7 +20,6 @@ from diva_jax.common.errors import UserError, brief, listing, named_by_configs, 
 _CONFIGS = Path(__file__).parents[1] / "configs"
 # Fields whose value can be the dotted path of a module, or of a class in one.
 _MODULES, _CLASSES = ("objective",), ("_class_name", "code")
-# Objectives and codes of latents of this package.
 _OWN = re.compile(r"diva_jax\.(\w+\.)*(objectives\.\w+|\w+_code)")
 _trusted: set[str] = set()
 _trusts_all = False
@@ -51,8 +50,7 @@ def read(config: str | os.PathLike) -> ConfigDict:
         return (module.get_config(argument) if argument else module.get_config()).lock()
     except UserError:
         raise
-    except Exception as e:
-        # A config file is a program, which can raise anything.
+    except Exception as e:  # A config file is a program, which can raise anything.
         where = place(e) or path
         raise UserError(f"{path} does not make a config ({type(e).__name__}: {e}; {where}): correct this line") from e
 

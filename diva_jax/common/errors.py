@@ -69,12 +69,10 @@ def place(error: BaseException) -> str:
     lines = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
     if isinstance(error, SyntaxError):
         lines.append((error.filename or "<", error.lineno))
-    own = [
-        f"{file}:{line}"
-        for file, line in lines
-        if not file.startswith(tuple(libraries)) or file.startswith(tuple(named_by_configs))
-    ]
-    return own[-1] if own else ""
+    for file, line in reversed(lines):
+        if not file.startswith(tuple(libraries)) or file.startswith(tuple(named_by_configs)):
+            return f"{file}:{line}"
+    return ""
 
 
 def listing(names: Sequence[str], limit: int = 20) -> str:

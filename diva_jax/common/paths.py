@@ -165,8 +165,7 @@ class Mirror:
         self.folder, self._every, self._pushed = folder, every, time.monotonic()
         self._tmp = tempfile.TemporaryDirectory(prefix="diva_jax_") if is_remote(folder) else None
         self.local = Path(self._tmp.name if self._tmp else folder)
-        # Size and time of each file when it was copied.
-        self._copied: dict[Path, tuple[int, int]] = {}
+        self._copied: dict[Path, tuple[int, int]] = {}  # Size and time of each file when it was copied.
 
     def push(self, force: bool = False) -> None:
         """Copies the files that have changed, unless the last push was less than `every` seconds ago."""
