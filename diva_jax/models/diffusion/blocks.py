@@ -2,6 +2,7 @@
 layer has a kernel for TPUs, where that is faster for the platform that it is traced for (`platform.py`)."""
 
 import functools
+import operator
 
 import jax
 import jax.numpy as jnp
@@ -30,18 +31,18 @@ def _plain(x: Array, norm: nnx.LayerNorm, layer: nnx.Module) -> Array:
     return x + layer(norm(x))
 
 
-def _weights(state, graph, dtype) -> tuple[tuple[Array, ...], float]:
-    """Returns the weights in the order of the kernel, and the epsilon of the norm."""
+def _run(name: str, arrays: list[Array], state, graph, interpret: bool, **options):
+    """The function `name` of `models/kernels.py`, of arrays [B, C, N] in place of [B, N, C], on each device."""
+    from diva_jax.models import kernels
+
     norm, layer = nnx.merge(graph, state)
+    dtype, kernel = arrays[0].dtype, getattr(kernels, name)
     affine = [w for linear in (layer.proj, layer.out) for w in (linear.kernel[...].astype(dtype), linear.bias[...])]
-    return (norm.scale[...], norm.bias[...], *affine), norm.epsilon
-
-
-def _run(kernel, arrays: list[Array], weights: tuple[Array, ...], interpret: bool):
-    """Calls kernel(*arrays, weights) with [B, C, N] in place of [B, N, C], on each device."""
+    weights = (norm.scale[...], norm.bias[...], *affine)
 
     def local(*given):
-        return kernel(*given[: len(arrays)], given[len(arrays) :])
+        tokens, weights = given[: len(arrays)], given[len(arrays) :]
+        return kernel(*tokens, weights, epsilon=norm.epsilon, interpret=interpret, **options)
 
     arrays = [a.swapaxes(1, 2) for a in arrays]
     out = local(*arrays, *weights) if interpret else by_device(local, *arrays, whole=weights)
@@ -52,35 +53,23 @@ def _run(kernel, arrays: list[Array], weights: tuple[Array, ...], interpret: boo
 def fused(x: Array, state: nnx.State, graph: nnx.GraphDef, interpret: bool) -> Array:
     """`feed_forward` with the kernel, of `nnx.split((norm, layer))`; `interpret` interprets it on a CPU, for tests. N
     and the number of hidden units are multiples of LANES."""
-    return _forward(x, state, graph, interpret, save=False)[0]
+    return _run("feed_forward", [x], state, graph, interpret, save=False)[0]
 
 
-def _forward(x, state, graph, interpret, save):
-    from diva_jax.models import kernels
-
-    weights, epsilon = _weights(state, graph, x.dtype)
-    kernel = functools.partial(kernels.feed_forward, epsilon=epsilon, save=save, interpret=interpret)
-    return _run(kernel, [x], weights, interpret)
-
-
-def _forward_saved(x, state, graph, interpret):
-    out, projection = _forward(x, state, graph, interpret, save=True)
+def _forward(x, state, graph, interpret):
+    out, projection = _run("feed_forward", [x], state, graph, interpret, save=True)
     return out, (x, projection, state)
 
 
 def _backward(graph, interpret, saved, dy):
-    from diva_jax.models import kernels
-
     x, projection, state = saved
-    weights, epsilon = _weights(state, graph, x.dtype)
-    kernel = functools.partial(kernels.feed_backward, epsilon=epsilon, interpret=interpret)
-    dx = _run(kernel, [x, projection, dy], weights, interpret)
+    dx = _run("feed_backward", [x, projection, dy], state, graph, interpret)
     # Weights are frozen where the kernel is used today, and then XLA removes this computation.
     _, pull = jax.vjp(lambda state: _plain(x, *nnx.merge(graph, state)), state)
     return dx, *pull(dy)
 
 
-fused.defvjp(_forward_saved, _backward)
+fused.defvjp(_forward, _backward)
 
 
 def feed_forward(x: Array, norm: nnx.LayerNorm, layer: nnx.Module) -> Array:
@@ -95,13 +84,9 @@ def feed_forward(x: Array, norm: nnx.LayerNorm, layer: nnx.Module) -> Array:
 
 def call(block: nnx.Module, *args: Array, remat: bool = False) -> Array:
     """Returns `block(*args)`; with `remat`, its activations are recomputed in the backward pass instead of stored."""
-
-    def run(block, *args):
-        return block(*args)
-
     # jax.checkpoint is used because nnx.remat updates the block's variables. That fails for variables that were created
     # outside of the differentiated function, such as frozen weights.
-    return jax.checkpoint(run)(block, *args) if remat else run(block, *args)
+    return jax.checkpoint(operator.call)(block, *args) if remat else block(*args)
 
 
 class ResnetBlock(nnx.Module):
