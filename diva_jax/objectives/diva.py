@@ -141,20 +141,17 @@ class Objective(StableDiffusionObjective):
 
     def draw(self, keys: Array, latents_shape: tuple[int, int, int], count: int | None = None) -> DivaDraws:
         """N draws (`count`, or config.diva.draws) from one key per image, [B]; each depends on that key alone."""
+        kind, k = parse_select(self.spec.select)
 
         def one(key):
             t, eps, tokens = jax.random.split(key, 3)
             noise = jax.random.normal(eps, latents_shape, jnp.float32)
-            return jax.random.randint(t, (), *self.timestep_range), noise, tokens
+            timestep = jax.random.randint(t, (), *self.timestep_range)
+            patches = jax.random.randint(tokens, (k,), 0, self.spec.patches) if kind == "random" else None
+            return DivaDraws(timestep, noise, patches)
 
         n = count or self.options.draws
-        per_draw = jax.vmap(lambda key: jax.random.split(key, n), out_axes=1)(keys)  # [N, B]
-        timesteps, noise, token_keys = jax.vmap(jax.vmap(one))(per_draw)
-        kind, k = parse_select(self.spec.select)
-        if kind != "random":
-            return DivaDraws(timesteps, noise, None)
-        patches = jax.vmap(jax.vmap(lambda key: jax.random.randint(key, (k,), 0, self.spec.patches)))(token_keys)
-        return DivaDraws(timesteps, noise, patches)
+        return jax.vmap(jax.vmap(one))(jax.vmap(lambda key: jax.random.split(key, n), out_axes=1)(keys))
 
     def view(self, pixels: Array) -> Array:
         """Pixels [B, S, S, 3] in [0, 1] -> the backbone's input, normalised."""
@@ -196,20 +193,13 @@ class Objective(StableDiffusionObjective):
 
         # A draw is differentiated with respect to the projection and the features, or to the projection and the
         # encoder, which each draw then runs itself.
-        if shared:
-            graph, params = nnx.split(self.visual_proj)
-            given = (params, encode(self.vision))
-        else:
-            graph, given = nnx.split((self.visual_proj, self.vision))
+        graph, params = nnx.split((self.visual_proj,) if shared else (self.visual_proj, self.vision))
+        given = params, encode(self.vision) if shared else None
 
         def one_draw(given, draw: DivaDraws):
-            if shared:
-                params, features = given
-                visual_proj = nnx.merge(graph, params)
-            else:
-                visual_proj, vision = nnx.merge(graph, given)
-                features = encode(vision)
-            f, c = self.context(visual_proj, features, draw)
+            params, features = given
+            visual_proj, *own = nnx.merge(graph, params)
+            f, c = self.context(visual_proj, features or encode(*own), draw)
             pred, goal = self.denoise(latents, draw, c)
             loss = jnp.mean(jnp.square(pred - goal))
             return loss, {"features": f, "context": c, "pred_noise": pred, "losses": loss}
@@ -232,7 +222,6 @@ class Objective(StableDiffusionObjective):
         pixels = [preprocess.to_float(batch[k]) for k in ("image", "other")]
         latents = self.latents(pixels[0])
         both = jax.lax.map(self.vision.encode, jnp.stack([self.view(p) for p in pixels]))
-        # Features of the images themselves, and of the others.
         seen = [Features(*(x[i] for x in both)) for i in (0, 1)]
         drawn = self.draw(keys, latents.shape[1:], len(edges) - 1)
         low, high = self.timestep_range
