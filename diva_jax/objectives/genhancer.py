@@ -20,7 +20,7 @@ from diva_jax.data import preprocess
 from diva_jax.models import adapters, backbones
 from diva_jax.models.diffusion import flow, presets
 from diva_jax.models.diffusion.vae import FluxVAEConfig
-from diva_jax.models.layers import Array
+from diva_jax.models.layers import Array, widened
 from diva_jax.objectives import contract
 from diva_jax.objectives.contract import EXACT, FAITHFUL, switch
 from diva_jax.weights import parts
@@ -211,7 +211,6 @@ class Objective(contract.Objective):
         are those of the denoiser's `timestep_code`. Returns (mean over everything of the squared error, {embed [B, d];
         vec [B, 768]; txt [B, 1, 4096]; t [B]; packed, x_t, target and pred [B, N, 4z]; and dit.NAME of the denoiser's
         intermediate results})."""
-        wide = jnp.promote_types(latents.dtype, jnp.float32)
         embed = self.encode(preprocess.normalise(pixels, self.spec.mean, self.spec.std)).pooled
         vec, txt = self.project_clip(embed), self.project_t5(embed)[:, None]
         packed = flow.pack(latents)
@@ -224,7 +223,7 @@ class Objective(contract.Objective):
         grid = (latents.shape[1] // 2, latents.shape[2] // 2)
         with jax.named_scope("denoiser"):
             note = lambda name, value: seen.__setitem__(f"dit.{name}", value)  # noqa: E731
-            pred = self.denoiser(noisy, *given, vec, txt, grid, freqs, note).astype(wide)
+            pred = widened(self.denoiser(noisy, *given, vec, txt, grid, freqs, note))
         seen |= {"target": drawn.noise - packed, "pred": pred}
         return jnp.mean(jnp.square(pred - seen["target"])), seen
 

@@ -230,19 +230,16 @@ class Program:
     def abstract_state(self, stage: int) -> dict:
         """The train state of a stage, as ShapeDtypeStructs with shardings."""
 
-        def whole(leaf):
-            return leaf.update(sharding=self.replicated)
-
-        def alike(leaf, param):
-            return leaf.update(sharding=param.sharding)
+        def placed(leaf, param=None):
+            return leaf.update(sharding=self.replicated if param is None else param.sharding)
 
         tx, active = self.optimizer(stage), {n: self.arrays[n] for n in self.active(stage)}
         opt = jax.eval_shape(tx.init, active)
-        opt = optax.tree.map_params(tx, alike, opt, active, transform_non_params=whole)
+        opt = optax.tree.map_params(tx, placed, opt, active, transform_non_params=placed)
         key = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
         params = {n: self.arrays[n] for n in self.trained}
         average = {"ema": params} if self.config.ema.decay else {}
-        numbers = {"step": whole(jax.ShapeDtypeStruct((), jnp.int32)), "key": whole(key)}
+        numbers = {"step": placed(jax.ShapeDtypeStruct((), jnp.int32)), "key": placed(key)}
         return {"params": params, "opt": opt, **numbers, **average}
 
     def init_state(self, params: Mapping[str, jax.Array]) -> dict:

@@ -86,10 +86,8 @@ class Vision(nnx.Module):
         """
         x = embedded(self, images, self.cls_token)
         if self.registers:
-            shape = (len(x), *self.register_tokens.shape[1:])
-            x = jnp.concatenate(
-                [x[:, :1], jnp.broadcast_to(self.register_tokens[...].astype(self.dtype), shape), x[:, 1:]], axis=1
-            )
+            tokens = self.register_tokens[...].astype(self.dtype)
+            x = jnp.concatenate([x[:, :1], jnp.broadcast_to(tokens, (len(x), *tokens.shape[1:])), x[:, 1:]], axis=1)
         x = self.norm(run(self.blocks, x, remat=self.remat))  # [B, 1 + R + P, D]
         return Features(tokens=x[:, 1 + self.registers :], pooled=x[:, 0])
 

@@ -103,8 +103,7 @@ VARIANTS: dict[str, tuple[tuple[str, ...], bool, bool]] = {
 def run_dense(stack: nnx.List, x: Array, last: str) -> Array:
     """[B, N, D] through all `shared.transformer.Block`s, the last one as the variant `last` of `VARIANTS`."""
     *before, block = stack
-    for one in before:
-        x = one(x)
+    x = run(before, x)
     scores, residual, mlp = VARIANTS[last]
     projected = dict(zip("qkv", split_qkv(block.attn.qkv(block.norm1(x)), block.attn.heads), strict=True))
     v = projected["v"]
