@@ -130,9 +130,8 @@ def _backward(kept, g: Array):
 
 @jax.custom_vjp
 def _recomputed(q: Array, k: Array, v: Array) -> Array:
-    """Attention on CPUs, [B, N, H, D], whose backward pass computes the weights again (arXiv 2205.14135, section 3.1).
-    XLA's gradient of `jax.nn.dot_product_attention` keeps scores and weights, and passes over them several times
-    (docs/PERFORMANCE.md, "CPU beside PyTorch")."""
+    """Attention on CPUs, [B, N, H, D], whose backward pass computes the weights again (arXiv 2205.14135, section 3.1;
+    docs/PERFORMANCE.md, "CPU beside PyTorch")."""
     return _forward(q, k, v)[0]
 
 

@@ -33,7 +33,6 @@ from diva_jax.weights import parts
 SECTIONS = ("diffusion",)
 # The schedule of the noise that is added to embeddings.
 LEVELS = schedule.ScheduleConfig(beta_schedule="squaredcos_cap_v2")
-# There are 1000 levels.
 _EMBED_NOISE = re.compile(r"none|mean0|random|level\d{1,3}")
 
 

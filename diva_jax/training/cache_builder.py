@@ -137,8 +137,7 @@ class Builder:
         return lambda batch: compiled(arrays, jax.device_put(batch, program.batch_sharding))
 
     def _entries(self, shard: int) -> Iterator[Entry]:
-        """The entries of a shard; records are decoded in threads. Batches do not cross shards, so that a shard is the
-        same whenever it is made."""
+        """The entries of a shard, whose batches hold no other shard's, so that it is the same whenever it is made."""
         data, records = self.config.data, self.manifest.range(shard)
         ahead = max(data.threads, 2 * self._batch // self.manifest.crops) if data.threads else 0
         options = grain.ReadOptions(num_threads=data.threads, prefetch_buffer_size=ahead)

@@ -37,9 +37,8 @@ class Damaged(Exception):
 
 @jax.jit
 def _checksum(x: jax.Array) -> jax.Array:
-    """The sum over an array's 32-bit words of word times an odd number that depends on the position, modulo 2**32. It
-    is the same for every sharding and number of processes, and a change of a single element always changes it, since an
-    odd number has an inverse modulo 2**32. Values of 64 bits are two words, in a new last axis."""
+    """The sum over an array's 32-bit words of word times an odd number that depends on the position, modulo 2**32: the
+    same for every sharding, and changed by each change of a single element, as odd numbers have an inverse there."""
     kind = jnp.dtype(f"uint{min(32, 8 * x.dtype.itemsize)}")
     words = (x if x.dtype == jnp.bool_ else jax.lax.bitcast_convert_type(x, kind)).astype(jnp.uint32)
     place = jnp.zeros(words.shape, jnp.uint32)

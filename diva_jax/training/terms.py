@@ -66,8 +66,7 @@ def wanted(config) -> tuple[str, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class _Terms:
-    """The terms that a config asks for and their sections; what the frozen models compute in and are held in; whether
-    their outputs are cached; the objective's input "image"; the backbone; the teacher, None where none is needed."""
+    """What the terms of a config need; `dtypes` are what the frozen models compute in and are held in."""
 
     names: tuple[str, ...]
     anchor: AnchorOptions
