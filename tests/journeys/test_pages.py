@@ -101,5 +101,4 @@ def test_files_and_commands_that_the_readme_names_exist():
         assert (ROOT / path).exists(), path
     for module in set(re.findall(r"python -m diva_jax\.(\w+)", README)):
         assert (ROOT / "diva_jax" / f"{module}.py").exists() or (ROOT / "diva_jax" / module).is_dir(), module
-    makefile = (ROOT / "Makefile").read_text()
-    assert all(f"\n{target}:" in makefile for target in re.findall(r"^make (\w+)", README, re.M))
+    assert all(f"\n{target}:" in (ROOT / "Makefile").read_text() for target in re.findall(r"^make (\w+)", README, re.M))

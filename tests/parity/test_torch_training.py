@@ -289,8 +289,7 @@ def test_salm(teacher, visible):
         gamma = 1 - 0.9 * beta
         loss = PRESERVE * want["preserve"] + UNIFORM * want["uniformity"]
         if frozen_teacher:
-            missed = (adapter(tokens, masked, taught) - taught)[masked]
-            want["reconstruction"] = (missed**2).mean()
+            want["reconstruction"] = ((adapter(tokens, masked, taught) - taught)[masked] ** 2).mean()
             loss = loss + beta * want["reconstruction"]
         else:
             first = [t.transformer.resblocks[0](t._embeds(view))[:, 1:] for t in (tower, average)]

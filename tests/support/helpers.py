@@ -75,8 +75,7 @@ def randomise(module, seed: int = 0):
         for name, p in module.named_parameters():
             noise = torch.randn(p.shape, generator=generator)
             if p.ndim >= 2:
-                fan_in = p[0].numel()
-                p.copy_(noise / fan_in**0.5)
+                p.copy_(noise / p[0].numel() ** 0.5)
             else:
                 p.copy_(0.3 * noise + (1.0 if "norm" in name or "ln_" in name else 0.0))
     return module.eval()

@@ -83,8 +83,7 @@ def batch(name, height, width, tokens):
 
 def run_theirs(unet, sample, timesteps, context, labels, cotangent):
     """Returns diffusers' prediction, channels last, and the gradient with respect to the context."""
-    dtype = next(unet.parameters()).dtype
-    cast = lambda a: None if a is None else torch.from_numpy(a).to(dtype)  # noqa: E731
+    cast = lambda a: None if a is None else torch.from_numpy(a).to(unet.dtype)  # noqa: E731
     context = cast(context).requires_grad_()
     out = unet(channels_first(sample), torch.from_numpy(timesteps), context, class_labels=cast(labels)).sample
     out = out.movedim(1, -1)

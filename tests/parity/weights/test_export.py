@@ -38,8 +38,7 @@ SAMPLE = ("diva", "genhancer", "dcr", "smartclip")
 
 
 def config_of(objective: str, source: str):
-    make = getattr(small, f"{objective}_config")
-    c = make(spec=SPEC, steps=STEP, batch_size=16, backbone__source=source)
+    c = getattr(small, f"{objective}_config")(spec=SPEC, steps=STEP, batch_size=16, backbone__source=source)
     if objective == "smartclip":  # Its captions are longer than the source's.
         c.backbone.text.update(context_length=TOKENS, kept_positions=4)
     c.ema.decay = 0.9 if RUNS[objective] else 0.0

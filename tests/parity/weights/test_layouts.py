@@ -65,8 +65,7 @@ def test_what_the_library_computes_is_compared(tmp_path, monkeypatch, fmt, name,
         return arrays if fmt == "open_clip" else (arrays, found[1])
 
     monkeypatch.setattr(layouts, f"{name}_embeddings", spoilt)
-    says = f"computes another embedding of {what}"
-    failed(says, layouts.export, clip(tmp_path), CLIP, tmp_path / "out", fmt)
+    failed(f"computes another embedding of {what}", layouts.export, clip(tmp_path), CLIP, tmp_path / "out", fmt)
     assert [p.name for p in tmp_path.iterdir()] == ["in"]
 
 

@@ -115,8 +115,7 @@ def test_openai_archive(tmp_path, monkeypatch):
     """Refused; what the message says to run makes a state dict that describes itself as the archive did."""
     monkeypatch.chdir(tmp_path)
     openai_archive("ViT-tiny.pt")
-    said = refused("TorchScript", origins.open_source, "ViT-tiny.pt")
-    exec(said.split("is converted by: ")[1])  # noqa: S102
+    exec(refused("TorchScript", origins.open_source, "ViT-tiny.pt").split("is converted by: ")[1])  # noqa: S102
     expected = torch.load("weights.pt", weights_only=True)
     assert expected["visual.conv1.weight"].dtype == torch.float16
     same_towers("weights.pt", expected, OPENAI)

@@ -73,8 +73,7 @@ def by_hand(run, arrays) -> dict[str, np.ndarray]:
                 if whose is not None:
                     tokens = seen[whose][1].tokens[:, drawn.token_indices[k, 0]]
                     c = text + module.visual_proj(jnp.concatenate([seen[whose][1].pooled[:, None], tokens], 1))
-                error = unet(noisy, jnp.array([t]), c) - drawn.noise[k]
-                out[name][i, k] = float(jnp.mean(error**2))
+                out[name][i, k] = float(jnp.mean((unet(noisy, jnp.array([t]), c) - drawn.noise[k]) ** 2))
     return out
 
 

@@ -33,8 +33,7 @@ def config_of(name: str, fields):
     """The small config of an objective with these fields, or the default one of a tuple's backbone and diffusion."""
     if isinstance(fields, tuple):
         return config.default(*fields, objective=name)
-    fields = {n: tupled(v) for n, v in fields.items()}
-    return small.with_fields(getattr(small, f"{name}_config")().unlock(), fields)
+    return small.with_fields(getattr(small, f"{name}_config")().unlock(), {n: tupled(v) for n, v in fields.items()})
 
 
 @pytest.mark.parametrize("name", DEVICES)

@@ -165,16 +165,14 @@ def test_weights_are_checked_before_the_first_are_evaluated(clip, tmp_path, monk
         (tmp_path / f"{i}.png").write_bytes(encoded(patch(i)))
     task, scored = {"drift": tmp_path}, mock.Mock(wraps=drift.Drift.evaluate)
     monkeypatch.setattr(drift.Drift, "evaluate", lambda *args: scored(*args))
-    (tmp_path / "empty").mkdir()
-    refused("has no weights", api.evaluate, c, [clip, half, tmp_path / "empty"], task, out=tmp_path / "out")
+    refused("gone.* does not exist", api.evaluate, c, [clip, half, tmp_path / "gone"], task, out=tmp_path / "out")
     assert not scored.called
     found = api.evaluate(c, [clip, half], task, out=tmp_path / "out")
     assert ["mean=[0.5, 0.5, 0.5]" in note for note in found["notes"] if note.startswith(str(half))] == [True, False]
     about = "pt", "float32", publish.ExportOptions()
     refused("mean=.*: leave --config out", publish.export, half, tmp_path / "pt", *about, run=False, spec=EVAL_CLIP)
-    text = dataclasses.replace(EVAL_CLIP.text, context_length=99)
-    stretched = config.default(dataclasses.replace(EVAL_CLIP, text=text))
-    run = SimpleNamespace(config=stretched, program=SimpleNamespace(towers=SimpleNamespace(shapes={"text": {}})))
+    (other := config.default(EVAL_CLIP)).backbone.text.context_length = 99
+    run = SimpleNamespace(config=other, program=SimpleNamespace(towers=SimpleNamespace(shapes={"text": {}})))
     monkeypatch.setattr(workdirs.RunAt, "open", lambda *_: run)
     refused("config.backbone.text: context_length is 99 there", encode.check, "runs/a", 4, c)
 

@@ -87,8 +87,7 @@ def test_remote_tars_folder_and_cache(bucket):
         source = open_source(f"memory://bucket/tars{pattern}", cache_dir="memory://bucket/cache")
         assert [source.read(i)[:2] for i in range(3)] == expected
     assert bucket.glob("/bucket/cache/*.npz")
-    folder = open_source("memory://bucket/images")
-    assert [folder.read(i)[1] for i in range(3)] == [noise(i) for i in range(3)]
+    assert [open_source("memory://bucket/images").read(i)[1] for i in range(3)] == [noise(i) for i in range(3)]
     refused("does not exist", open_source, "memory://bucket/nothing")
 
 

@@ -76,8 +76,7 @@ def test_scores_by_hand(tmp_path, name):
     assert task.count == count == len(items)
     scores = by_hand(items)
     if by_hand is controlled:
-        singles = task.sets[name]
-        groups = [singles[i : i + size] for size in (2, 4) for i in range(0, count, size)]
+        groups = [task.sets[name][i : i + size] for size in (2, 4) for i in range(0, count, size)]
         joint = [cosines(task, model, [i.images[0] for i in g], [i.texts[0] for i in g]) for g in groups]
         scores |= {f"pair_{metric}": value for metric, value in paired(joint[: count // 2]).items()}
         scores["set_match"] = paired(joint[count // 2 :])["match"]

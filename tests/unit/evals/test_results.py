@@ -135,11 +135,9 @@ def test_a_claim_needs_the_interval_over_items_and_the_one_over_runs(items, over
     assert results_schema.Difference(difference=1.0, interval=items, runs=[1.0, 1.0]).sign == 0
 
 
-@pytest.mark.parametrize(
-    "count, gain, says", [(30, 1, "sees more"), (30, -1, "sees less"), (2, 1, "no difference shown")]
-)
-def test_a_change_of_every_item_counts_where_the_test_excludes_chance(count, gain, says):
-    sides = (np.zeros(count), np.ones(count))[::gain]
+@pytest.mark.parametrize("n, gain, says", [(30, 1, "sees more"), (30, -1, "sees less"), (2, 1, "no difference shown")])
+def test_a_change_of_every_item_counts_where_the_test_excludes_chance(n, gain, says):
+    sides = (np.zeros(n), np.ones(n))[::gain]
     task = samples.pairs_task(ENDS[0], ENDS[0])
     compared = task["comparisons"][0]["scores"]
     compared["pooled_match"] = stats.paired(*sides, resamples=20, seed=0) | {"mcnemar": stats.mcnemar(*sides)}

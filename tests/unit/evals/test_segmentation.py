@@ -150,8 +150,7 @@ def test_synonyms_background_and_the_interval_of_ratios():
     union = rng.integers(1, 50, (40, 3))
     both = (union * rng.random((40, 3))).astype(int)
     low, high = stats.bootstrap_ratios((both, union), resamples=4000, seed=1)
-    draws = [rng.integers(0, 40, 40) for _ in range(4000)]
-    plain = [np.mean(both[d].sum(0) / union[d].sum(0)) for d in draws]
+    plain = [np.mean(both[d].sum(0) / union[d].sum(0)) for d in [rng.integers(0, 40, 40) for _ in range(4000)]]
     np.testing.assert_allclose([low, high], np.quantile(plain, (0.025, 0.975)), atol=0.01)
 
 

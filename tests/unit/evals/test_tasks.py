@@ -27,8 +27,7 @@ def test_the_judge_sees_the_part_of_the_image_that_the_encoder_sees(mode, there)
     spec = SimpleNamespace(image_size=32, resize_mode=mode, interpolation="bicubic")
     objective, image = SimpleNamespace(image_size=48, spec=spec), patch(3).resize((90, 70))
     task = SimpleNamespace(program=SimpleNamespace(objective=objective), _read=lambda i: image)
-    expected = images.prepare(image, 48, there, "bicubic")
-    np.testing.assert_array_equal(judge.Judge._pixels(task, 0), expected)
+    np.testing.assert_array_equal(judge.Judge._pixels(task, 0), images.prepare(image, 48, there, "bicubic"))
 
 
 def test_drift_of_what_is_unmoved_turned_and_moved(tmp_path):

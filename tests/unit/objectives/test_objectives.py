@@ -81,8 +81,7 @@ def test_what_a_loss_returns_is_checked_when_it_is_traced(found, says):
 
     says = rf"\A{re.escape(__file__)}:.*{says}.*return a scalar and a dict"
     refused(says, jax.eval_shape, lambda x: Objective().loss(x, None), ONE)
-    says = "does not define inputs, what a batch holds: see docs/WRITE_AN_OBJECTIVE.md"
-    refused(says, lambda: Objective().inputs)
+    refused("does not define inputs, what a batch holds: see docs/WRITE_AN_OBJECTIVE.md", lambda: Objective().inputs)
 
 
 WRONG = {
