@@ -245,7 +245,7 @@ def test_runs_of_other_seeds_and_several_checkpoints(tmp_path, data, exported, w
         assert items.total() == len([row for row in rows if row[0] == "drift" and row[2] == metric])
     read = inputs.read(tmp_path / "out")
     assert f"{others[0]}, step 5; {others[1]}, step 5" in page.html(read, page.sections(read))
-    assert any("Several checkpoints" in str(alarm.what) for alarm in evaluation.alarms(read))
+    assert any("About the weights" in str(alarm.what) for alarm in evaluation.alarms(read))
     assert page.sections(read)[0].title == "MMVP-VLM"
     wrong = [f"--weights={exported}", f"--weights=tuned={workdir}:2,{others[0]}", f"--out={tmp_path / 'wrong'}"]
     wrong += [a for a in args if not a.startswith("--weights")]
@@ -276,4 +276,4 @@ def test_a_run_of_another_backbone_is_refused(workdir):
     other = eval_config(CLIP, workdir)
     other.backbone.width = 60
     says = "the run .* than config.backbone: width is 48 there and 60 in"
-    refused(says, encode.read, str(workdir), 5, other, partition.make_mesh(other.mesh))
+    refused(says, encode.check, str(workdir), 5, other)
