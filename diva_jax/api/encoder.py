@@ -95,7 +95,6 @@ class Encoder:
         self._config, self._batch_size, self._dtype = config, batch_size, dtype
         self._mesh = partition.make_mesh(config.mesh)
         self._towers: dict[int, encode.Towers] = {}
-        encode.check(source, step, config)
         self._weights = encode.read(source, step, config, self._mesh)
 
     def _for(self, count: int) -> encode.Towers:

@@ -237,14 +237,14 @@ def put(arrays: Mapping[str, jax.Array], mesh: Mesh, min_shard: int) -> dict[str
 
 
 def check(source: str, step: int | None, config) -> list[str]:
-    """A UserError where weights are missing, invalid, or of another architecture than the config's backbone; the result
-    of `origins.other_preparation` else. Source and step are those of a `Place`."""
+    """A UserError where weights are missing, or of another architecture than the config's backbone, before any arrays
+    are read; the result of `origins.other_preparation` else. Source and step are those of a `Place`."""
     wanted = backbones.spec_of(config)
     if step is None:
         opened = origins.open_source(source, "--weights")
         parts.open_tower("vision", opened, wanted)
         return origins.other_preparation(opened.spec, wanted, opened.where)
-    run, where = workdirs.RunAt.open(source, step), f"the run {source}"
+    run, where = workdirs.RunAt(source, step, workdirs.read_config(source), {}, {}, {}), f"the run {source}"
     spec = backbones.spec_of(run.config)
     origins.check_same(vars(spec), wanted, (*origins.ARCHITECTURE, "image_size"), where, "config.backbone")
     if "text" in run.program.towers.shapes:

@@ -160,7 +160,8 @@ def run(
     # The label of each set of weights (runs of a group have that of the group), and its entry in results.json.
     labels: list[str] = []
     listed: dict[str, dict[str, Any]] = {}
-    known: dict[Any, str] = {}  # Weights, or the workdir of a run -> what was given for them first.
+    known: dict[frozenset, str] = {}  # (place, step) of the members of a set -> what was given for them.
+    spelled: dict[str, str] = {}  # Place of a workdir -> what was given for it first.
     runs: dict[str, list[str]] = {}  # Workdir -> the labels of its checkpoints.
     for text, (name, members) in zip(weights, groups, strict=True):
         where = [str(paths.absolute(paths.folder(place.at, "--weights"))) for place in members]
@@ -177,7 +178,7 @@ def run(
             saved = {} if place.step is None else {"checkpoint": checkpoint.identity(place.source, place.step)}
             sources.append({"source": place.source, "step": place.step, **saved})
         if listed and not name and members[0].step is not None:
-            runs.setdefault(known.setdefault(where[0], members[0].source), []).append(label)
+            runs.setdefault(spelled.setdefault(where[0], members[0].source), []).append(label)
         known[same], listed[label] = text, {"label": label} | ({"members": sources} if name else sources[0])
         labels += [label] * len(members)
     # All weights are checked before the first are evaluated, which may take hours.

@@ -96,7 +96,8 @@ def _pairs(subject: Set, root: Path) -> list[tuple[Path, Path]]:
             raise UserError(f"{path} lists {brief(wrong)}, which is not the name of an image: fetch it again")
     else:
         folder, suffix = subject.images.split("/{}")
-        there = sorted(map(Path, files.walk(str(at)))) if (at := root / folder).is_dir() else []
+        at = root / folder
+        there = sorted(map(Path, files.walk(str(at)))) if at.is_dir() else []
         names = [p.relative_to(at).as_posix().removesuffix(suffix) for p in there if p.name.endswith(suffix)]
         if not names:
             raise UserError(f"{at} has no {suffix} images: give {subject.hint}")

@@ -172,8 +172,8 @@ def test_weights_are_checked_before_the_first_are_evaluated(clip, tmp_path, monk
     about = "pt", "float32", publish.ExportOptions()
     refused("mean=.*: leave --config out", publish.export, half, tmp_path / "pt", *about, run=False, spec=EVAL_CLIP)
     (other := config.default(EVAL_CLIP)).backbone.text.context_length = 99
-    run = SimpleNamespace(config=other, program=SimpleNamespace(towers=SimpleNamespace(shapes={"text": {}})))
-    monkeypatch.setattr(workdirs.RunAt, "open", lambda *_: run)
+    monkeypatch.setattr(workdirs, "read_config", lambda _: other)
+    monkeypatch.setattr(workdirs.RunAt, "program", SimpleNamespace(towers=SimpleNamespace(shapes={"text": {}})))
     refused("config.backbone.text: context_length is 99 there", encode.check, "runs/a", 4, c)
 
 
