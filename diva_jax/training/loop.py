@@ -117,8 +117,8 @@ class Run:
             *([f"latents from {c.data.latents}"] if c.data.latents else []),
             f"writes to {self.workdir}",
         ]
-        heads = [{name.partition("/")[0] for name in names} for names in (self.program.arrays, objective.pretrained())]
-        if "vision" in heads[0] - heads[1]:
+        sourced = {prefix.partition("/")[0] for prefix in objective.pretrained()}
+        if "vision" not in sourced and any(name.startswith("vision/") for name in self.program.arrays):
             lines.append("note: vision begins with random weights, as pretrained() names no source for it")
         if epochs > _MANY_EPOCHS:
             lines.append(f"note: every image is seen {epochs:.3g} times; use more images, or fewer config.steps")
@@ -255,7 +255,7 @@ class Run:
         return batch
 
     def _evaluate(self) -> None:
-        """Evaluates the current weights, or their moving average, if it is time, or a signal has broken that off."""
+        """Evaluates the current weights, or their moving average, if it is time; what a signal breaks off stays due."""
         last, every = self.step == self.total, self.config.eval.every
         self.evaluation_due = self.evaluator is not None and (last or self.step % every == 0)
         if not self.evaluation_due or self.preempted:
