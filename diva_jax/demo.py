@@ -24,6 +24,7 @@ from diva_jax.common import cli, paths
 from diva_jax.common.errors import UserError
 from diva_jax.common.json_files import packaged
 from diva_jax.data import tokenizers
+from diva_jax.data.images import sample_box
 from diva_jax.models import backbones
 from diva_jax.models.diffusion import presets
 from diva_jax.models.layers import Keys
@@ -39,15 +40,10 @@ _MIN_SIDE, _MAX_SIDE = 160, 384
 
 def _region(image: Image.Image, rng: np.random.Generator) -> Image.Image:
     """A region of 35% to 90% of the photograph's area, with an aspect ratio of 2:3 to 3:2, scaled down."""
-    share, aspect = rng.uniform(0.35, 0.9), np.exp(rng.uniform(np.log(2 / 3), np.log(3 / 2)))
-    area = share * image.width * image.height
-    width = min(image.width, round((area * aspect) ** 0.5))
-    height = min(image.height, round((area / aspect) ** 0.5))
-    left = int(rng.integers(0, image.width - width + 1))
-    top = int(rng.integers(0, image.height - height + 1))
-    shrink = min(1.0, int(rng.integers(_MIN_SIDE, _MAX_SIDE + 1)) / max(width, height))
-    size = (round(width * shrink), round(height * shrink))
-    return image.crop((left, top, left + width, top + height)).resize(size, Image.Resampling.LANCZOS)
+    region = image.crop(sample_box(rng, *image.size, (0.35, 0.9), (2 / 3, 3 / 2)))
+    side = int(rng.integers(_MIN_SIDE, _MAX_SIDE + 1))
+    region.thumbnail((side, side), Image.Resampling.LANCZOS)
+    return region
 
 
 def examples(count: int = 96, seed: int = 0) -> Iterator[tuple[str, str, bytes]]:
@@ -126,10 +122,7 @@ def main() -> None:
     paths.check_writable(out := paths.local(_OUT.value, "--out"), "--out")
     jax.config.update("jax_platforms", "cpu")
     write_all(out)
-    print(
-        "Wrote photos (tar shards), images (files), clip (open_clip folder) and stable-diffusion (diffusers folder) to "
-        f"{_OUT.value}."
-    )
+    print(f"Wrote photos (tar shards), images (files), clip (open_clip) and stable-diffusion (diffusers) to {out}.")
 
 
 if __name__ == "__main__":

@@ -13,11 +13,11 @@ from ml_collections import ConfigDict
 from diva_jax import config as configs
 from diva_jax.api.encoder import Encoder, ImageLike, as_image, as_images, chosen, mapping, named, path, sequence
 from diva_jax.common import config_files, fields as declarations, paths
-from diva_jax.common.errors import UserError, brief, explained, listing, printable
+from diva_jax.common.errors import RunError, UserError, brief, explained, listing, printable
 from diva_jax.data.images import sample_box
 from diva_jax.data.inputs import Example
 from diva_jax.data.sources import caption, listed
-from diva_jax.evals import Settings, evaluator, results, seeds
+from diva_jax.evals import Settings, evaluator, results
 from diva_jax.models import backbones
 from diva_jax.objectives import Progress
 from diva_jax.training import loop, partition, workdirs
@@ -294,28 +294,29 @@ def evaluate(
 
     Raises:
       UserError: the config, weights or data are invalid.
-      RunError: embeddings are not finite.
+      RunError: embeddings are not finite, or a checkpoint was removed meanwhile; the scores of other weights are
+        written, and printed, before.
     """
     weights = [path("weights", source) for source in sequence("weights", weights, str | os.PathLike)]
-    if not weights or len(set(weights)) < len(weights):
-        raise UserError("weights must name one source or more, each once")
-    groups = [seeds.parse(w) for w in weights]
-    if control and control not in (*weights[1:], *(name for name, _ in groups[1:])):
-        raise UserError(f"control={control} must be one of the weights, and not the first")
+    if not weights:
+        raise UserError("weights is empty: give one source or more")
     data = mapping("data", data, "{'mmvp': 'data/MMVP_VLM'}")
     if not data:
         raise UserError("data is empty: give {task: path}, e.g. {'mmvp': 'data/MMVP_VLM'}")
     if out is not None:  # Before anything is evaluated, which may take hours.
         paths.check_writable(out := paths.local(path("out", out), "--out"), "--out")
-    configs.check_runs(source for _, sources in groups for source in sources)
     data = {task: path(f"data[{task!r}]", place) for task, place in data.items()}
-    summary, rows = evaluator.run(read_config(config, fields), weights, data, control, best)
-    if out is not None and jax.process_index() == 0:
-        try:
+    summary, rows, failed = evaluator.run(read_config(config, fields), weights, data, control, best)
+    incomplete = RunError("; ".join(failed)) if failed else None
+    try:
+        if out is not None and jax.process_index() == 0:
             results.write(out, summary, rows)
-        except UserError:  # The disk may be full now; the scores remain.
+    except UserError as e:  # The disk may be full now.
+        incomplete = e
+    if incomplete:  # What was measured is not lost.
+        if jax.process_index() == 0:
             print(printable(results.table(summary)), flush=True)
-            raise
+        raise incomplete
     return summary
 
 

@@ -265,4 +265,7 @@ def run(main: Callable[..., None], arguments: Sequence[str] = (), described: Des
         code, message = _SIGNALS[kind][1:] if kind in _SIGNALS else _unexpected(e)
     print(printable(" ".join(message.split()))[:_MAX_MESSAGE_CHARS], file=sys.stderr, flush=True)
     _end_soon(code)
+    if code in (130, 143) and not jax.distributed.is_initialized():
+        sys.stdout.flush()
+        os._exit(code)  # A thread that still computes can crash while Python shuts down.
     sys.exit(code)

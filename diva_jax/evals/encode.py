@@ -265,22 +265,17 @@ def read(source: str, step: int | None, config, mesh: Mesh) -> Encoder:
     return Encoder(vision, None, text, {}, source)
 
 
-def each(given: Sequence[origins.Place], labels: Sequence[str], config, mesh: Mesh) -> Iterator[tuple[str, Encoder]]:
-    """Yields (label, encoder) for several sources, loaded one at a time. Sources that are not runs borrow the
-    parameters outside the towers (`visual_proj/...`) that the first run among them has trained, so that the scores
-    before and after tuning use the same parameters."""
-    lender = next((i for i, place in enumerate(given) if place.step is not None), None)
-    lent: dict[str, jax.Array] = {}
-    if lender is not None and any(place.step is None for place in given):
-        run = workdirs.RunAt.open(given[lender].source, given[lender].step)
-        own = set().union(*(run.program.towers.needs(t) for t in run.program.towers.shapes))
-        lent = put({n: a for n, a in run.params.items() if n not in own}, mesh, run.config.mesh.min_shard)
-    for place, label in zip(given, labels, strict=True):
-        encoder = read(place.source, place.step, config, mesh)
-        if lent and place.step is None:
-            encoder = encoder._replace(params=lent, borrowed=labels[lender])
-        yield label, encoder
-        del encoder  # Its memory is free while the next is loaded.
+def lend(members: Mapping[str, origins.Place], mesh: Mesh) -> tuple[dict[str, jax.Array], str]:
+    """The parameters outside the towers (`visual_proj/...`) that the first run among several sources has trained, and
+    its label, for `Encoder.params` of those that are no runs: the scores before and after tuning must use the same
+    parameters. ({}, "") where there are only runs, or none."""
+    lender, place = next(((label, p) for label, p in members.items() if p.step is not None), ("", None))
+    if place is None or all(p.step is not None for p in members.values()):
+        return {}, ""
+    run = workdirs.RunAt.open(place.source, place.step)
+    own = set().union(*(run.program.towers.needs(t) for t in run.program.towers.shapes))
+    lent = put({n: a for n, a in run.params.items() if n not in own}, mesh, run.config.mesh.min_shard)
+    return lent, lender if lent else ""
 
 
 class Model(NamedTuple):

@@ -3,7 +3,6 @@
 import dataclasses
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,13 +11,13 @@ from etils import epath
 
 from diva_jax import evals
 from diva_jax.common import paths
-from diva_jax.common.errors import UserError
+from diva_jax.common.errors import RunError, UserError
 from diva_jax.data import tokenizers
-from diva_jax.evals import Outcome, encode, results, seeds
+from diva_jax.evals import Outcome, encode, results, seeds, weight_sets
 from diva_jax.evals.encode import Encoder, Model, Towers
 from diva_jax.models.backbones import spec_of
-from diva_jax.training import checkpoint, partition
-from diva_jax.weights import origins, parts
+from diva_jax.training import partition
+from diva_jax.weights import parts
 
 
 def data_of(tasks: list[str], given: list[str]) -> dict[str, str]:
@@ -27,19 +26,12 @@ def data_of(tasks: list[str], given: list[str]) -> dict[str, str]:
         raise UserError("--task is missing: give one or more, e.g. --task=mmvp,zeroshot")
     if len(tasks) == 1 and len(given) == 1 and not given[0].startswith(f"{tasks[0]}="):
         return {tasks[0]: given[0]}
-    paths = evals.entries(given, "--data")
-    if strange := [t for t in paths if t not in tasks]:
+    found = evals.entries(given, "--data")
+    if strange := [t for t in found if t not in tasks]:
         raise UserError(f"--data={strange[0]}=... belongs to no task: give it to --task too, or remove it")
-    if missing := [t for t in tasks if t not in paths]:
+    if missing := [t for t in tasks if t not in found]:
         raise UserError(f"the task {missing[0]} has no data: give --data={missing[0]}=PATH")
-    return {t: paths[t] for t in tasks}
-
-
-def labels_of(sources: Sequence[str], steps: Sequence[int | None]) -> list[str]:
-    """Returns a label for each source: the last part of its path and the step, or the whole path if two are equal."""
-    ends = ["" if step is None else f":{step}" for step in steps]
-    short = [(Path(source).name or source) + end for source, end in zip(sources, ends, strict=True)]
-    return short if len(set(short)) == len(short) else [s + end for s, end in zip(sources, ends, strict=True)]
+    return {t: found[t] for t in tasks}
 
 
 class Evaluator:
@@ -114,17 +106,17 @@ class Evaluator:
         return out, notes
 
     def report(
-        self, outcomes: Sequence[tuple[str, dict[str, Outcome]]], control: str = ""
+        self, outcomes: Mapping[str, Sequence[dict[str, Outcome]]], control: str = ""
     ) -> tuple[dict[str, Any], list[dict]]:
-        """(`tasks` of results.json, rows of predictions.csv); each label is compared with the first one, and with
-        `control`, where that is one of the others. The outcomes of one label are those of a group, see `seeds`."""
-        labels = list(dict.fromkeys(label for label, _ in outcomes))
+        """(`tasks` of results.json, rows of predictions.csv) of label -> the outcomes of its members, of which a group
+        has several, see `seeds`. Each is compared with the first, and with `control`, where that is another one."""
+        labels = list(outcomes)
         pairs = [(labels[0], label) for label in labels[1:]]
         if control in labels[1:]:
             pairs += [(control, label) for label in labels[1:] if label != control]
         tasks, rows = {}, []
         for name, task in self.tasks.items():
-            by_label = {label: [by_task[name] for of, by_task in outcomes if of == label] for label in labels}
+            by_label = {label: [by_task[name] for by_task in members] for label, members in outcomes.items()}
             mine = [row for members in by_label.values() for outcome in members for row in outcome.rows]
             comparisons = []
             for before, after in pairs:
@@ -146,50 +138,44 @@ class Evaluator:
 
 def run(
     config, weights: Sequence[str], data: Mapping[str, str], control: str = "", choose_best: bool = False
-) -> tuple[dict[str, Any], list[dict]]:
+) -> tuple[dict[str, Any], list[dict], list[str]]:
     """Evaluates sets of weights, one after another, on all devices: (the content of results.json, the rows of
-    predictions.csv). Each is a source, WORKDIR[:STEP], or a group of runs of other seeds, see `seeds.parse`. The first
-    is compared with each of the others, and so is `control`, one of them, if any; `choose_best` is for `best.notes`. A
-    UserError where data or weights are invalid, a RunError where embeddings are not finite."""
+    predictions.csv, why sets are not among them). `weights` are those of `weight_sets.find`. The first is compared with
+    each of the others, and so is `control`, one of them, if any; `choose_best` is for `seeds.best_notes`. A UserError
+    where data or weights are invalid, a RunError where embeddings of the first are not finite. A later set whose
+    embeddings are not, or whose checkpoint was removed since the start, is left out."""
     mesh, began = partition.make_mesh(config.mesh), time.perf_counter()
+    sets = weight_sets.find(weights)
+    by_name = {name: given.label for given in sets[1:] for name in (given.given, given.label)}
+    if control and control not in by_name:
+        raise UserError(f"control={control} must be one of the weights, and not the first")
     runner = Evaluator(config, mesh, data)
-    named = [seeds.parse(text) for text in weights]
-    groups = [(name, [origins.find(source, "--weights") for source in sources]) for name, sources in named]
-    given = [place for _, members in groups for place in members]
-    own = labels_of([place.source for place in given], [place.step for place in given])
-    # The label of each set of weights (runs of a group have that of the group), and its entry in results.json.
-    labels: list[str] = []
-    listed: dict[str, dict[str, Any]] = {}
-    known: dict[frozenset, str] = {}  # (place, step) of the members of a set -> what was given for them.
-    spelled: dict[str, str] = {}  # Place of a workdir -> what was given for it first.
-    runs: dict[str, list[str]] = {}  # Workdir -> the labels of its checkpoints.
-    for text, (name, members) in zip(weights, groups, strict=True):
-        where = [str(paths.absolute(paths.folder(place.at, "--weights"))) for place in members]
-        same = frozenset((at, place.step) for at, place in zip(where, members, strict=True))
-        if len(same) < len(members) or same in known:
-            again = f"as {known[same]}" if same in known else "twice"
-            raise UserError(f"--weights={text} names the same weights {again}: give each once")
-        seeds.check(name, members)
-        label = name or own[len(labels)]
-        if label in listed:
-            raise UserError(f"--weights has two sets that are called {label}: give each once, or name the group anew")
-        sources = []
-        for place in members:
-            saved = {} if place.step is None else {"checkpoint": checkpoint.identity(place.source, place.step)}
-            sources.append({"source": place.source, "step": place.step, **saved})
-        if listed and not name and members[0].step is not None:
-            runs.setdefault(spelled.setdefault(where[0], members[0].source), []).append(label)
-        known[same], listed[label] = text, {"label": label} | ({"members": sources} if name else sources[0])
-        labels += [label] * len(members)
+    members = {label: place for given in sets for label, place in given.members.items()}
     # All weights are checked before the first are evaluated, which may take hours.
-    other = dict.fromkeys(text for place in given for text in encode.check(place.source, place.step, config))
-    outcomes = []
-    for (single, loaded), label in zip(encode.each(given, own, config, mesh), labels, strict=True):
-        outcomes.append((label, runner.evaluate(runner.model(single, loaded))))
-        del loaded  # Only one set of weights is on the devices at a time.
-    tasks, rows = runner.report(outcomes, dict(zip(weights, listed, strict=True)).get(control, control))
-    notes = [f"{text}, which is used" for text in other]
+    other = dict.fromkeys(text for place in members.values() for text in encode.check(place.source, place.step, config))
+    lent, lender = encode.lend(members, mesh)
+    outcomes, listed, failed = {}, [], []
+    for given in sets:
+        found = []
+        try:
+            entry = given.entry()
+            for label, place in given.members.items():
+                encoder = encode.read(place.source, place.step, config, mesh)
+                if place.step is None:
+                    encoder = encoder._replace(params=lent, borrowed=lender)
+                found.append(runner.evaluate(runner.model(label, encoder)))
+                del encoder  # Only one set of weights is on the devices at a time.
+        except (RunError, UserError) as e:
+            if not listed or jax.process_count() > 1:  # Others may have read what this process could not.
+                raise
+            failed.append(f"{given.label} has no scores ({e})")
+        else:
+            listed.append(entry)
+            outcomes[given.label] = found
+    tasks, rows = runner.report(outcomes, by_name.get(control, ""))
+    notes = [*failed, *(f"{text}, which is used" for text in other)]
+    runs = weight_sets.checkpoints_by_run([given for given in sets[1:] if given.label in outcomes])
     notes += seeds.best_notes(runner.tasks, outcomes, runs, choose_best, runner.settings)
-    took = {"seconds": round(time.perf_counter() - began, 1)}
-    out = {"weights": list(listed.values()), "notes": notes, "summary": results.summaries(tasks), "tasks": tasks}
-    return results.about(config, runner.options) | took | out, rows
+    about = results.about(config, runner.options) | {"seconds": round(time.perf_counter() - began, 1)}
+    out = {"weights": listed, "notes": notes, "summary": results.summaries(tasks), "tasks": tasks}
+    return about | out, rows, failed

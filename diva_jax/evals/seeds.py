@@ -1,54 +1,15 @@
 """Groups of runs that differ in their seed alone: one set of weights with an interval over items and one over runs; and
 the best of several checkpoints of one run, beside what the best of as many would be by chance."""
 
-import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from diva_jax.common.errors import UserError, listing
-from diva_jax.common.fields import differences
 from diva_jax.evals import ItemTask, Outcome, Settings, Task, stats
-from diva_jax.training import workdirs
-from diva_jax.weights import origins
 
 # Largest number of random signs in memory, 32 MB.
 _MAX_SIGNS = 2**25
-_GROUP = re.compile(r"([\w.-]+)=(.+)")
-
-
-def parse(text: str) -> tuple[str, list[str]]:
-    """`tuned=runs/s0,runs/s1` -> ("tuned", ["runs/s0", "runs/s1"]); a single source -> ("", [source]). A UserError
-    where a group has fewer than two sources, or one of them twice, and for several without a name."""
-    found, there = _GROUP.fullmatch(text), Path(origins.split_step(text)[0]).exists()
-    if "," in text and not found and not there:
-        raise UserError(f"--weights={text} does not exist: give the flag once for each, or write NAME=WORKDIR,WORKDIR")
-    if not found or there:
-        return "", [text]
-    name, sources = found[1], [s for s in found[2].split(",") if s]
-    if len(set(sources)) < max(2, len(sources)):
-        raise UserError(f"--weights={text} must name two runs or more, each once: write NAME=WORKDIR,WORKDIR")
-    return name, sources
-
-
-def check(name: str, members: Sequence[origins.Place]) -> None:
-    """Raises a UserError where the runs of a group do not differ in their seed alone."""
-    runs = [(p, workdirs.read_config(p.source).to_dict()) for p in members if name and p.step is not None]
-    if not runs:
-        return
-    (first, config), by_seed = runs[0], {}
-    for place, other in runs:
-        if place.step != first.step or len(runs) < len(members):
-            places = listing([f"{p.source} (step {p.step})" for p in members])
-            raise UserError(f"--weights={name}=...: {places} are not runs at one step: give WORKDIR:STEP of each")
-        if changed := differences(config, other, workdirs.WHOLE, (*workdirs.RESUMABLE, "seed")):
-            problem = f"--weights={name}=...: {place.source} and {first.source} differ in more than their seed"
-            raise UserError(f"{problem}: {listing(changed, 5)}; a group is of runs of one config")
-        if (twin := by_seed.setdefault(other["seed"], place.source)) != place.source:
-            problem = f"--weights={name}=...: {twin} and {place.source} both have seed={other['seed']}"
-            raise UserError(f"{problem}: train one of them with another, --config.seed=SEED")
 
 
 def student(after: Sequence[float], before: Sequence[float] = (0.0,)) -> list[float] | None:
@@ -127,10 +88,10 @@ def largest_by_chance(changes: np.ndarray, clusters: np.ndarray, resamples: int,
 
 
 def best_notes(
-    tasks: Mapping[str, Task], outcomes: Sequence, runs: Mapping[str, Sequence[str]], chosen: bool, settings: Settings
+    tasks: Mapping[str, Task], outcomes: Mapping, runs: Mapping[str, Sequence[str]], chosen: bool, settings: Settings
 ) -> list[str]:
     """A sentence for every run with several checkpoints (workdir -> their labels): with `chosen` about its best, in the
-    first task, else that it has no claim. `outcomes` are (label, task -> outcome), first those of the reference."""
+    first task, else that it has no claim. `outcomes` are those of `Evaluator.report`, first those of the reference."""
     several = {run: labels for run, labels in runs.items() if len(labels) > 1}
     if not chosen:
         return [
@@ -147,15 +108,13 @@ def best_notes(
             f"{run}: the best of {len(labels)} checkpoints cannot be compared with chance in {title}"
             for run, labels in several.items()
         ]
-    before, out = task.values(metric, outcomes[0][1][name].held), []
-    reference = _items(task, metric, [found[name] for label, found in outcomes if label == outcomes[0][0]])[0]
-    n = len(reference)
-    strata = np.zeros(n, int) if before.strata is None else np.unique(before.strata, return_inverse=True)[1]
+    reference, how = _items(task, metric, [found[name] for found in next(iter(outcomes.values()))])
+    n, out = len(reference), []
+    strata = np.zeros(n, int) if how["strata"] is None else np.unique(how["strata"], return_inverse=True)[1]
     weights = 100 / (np.bincount(strata)[strata] * (strata.max() + 1))
-    clusters = np.arange(n) if before.clusters is None else before.clusters
-    held = {label: found[name].held for label, found in outcomes}
+    clusters = np.arange(n) if how["clusters"] is None else how["clusters"]
     for run, labels in several.items():
-        values = [task.values(metric, held[label]).values for label in labels]
+        values = [task.values(metric, outcomes[label][0][name].held).values for label in labels]
         changes, count = np.stack([(after - reference) * weights for after in values]), len(labels)
         chance = largest_by_chance(changes, clusters, settings.bootstrap, settings.seed)
         means = changes.sum(axis=1)

@@ -82,8 +82,7 @@ def kept(workdir: epath.Path | None = None) -> epath.Path:
 
 def use_cache(setting: str, workdir: epath.Path) -> None:
     """Keeps compiled programs in the folder `setting` (`config.compile_cache`), so that a restart need not compile; ""
-    for none. auto is `WORKDIR/cache/compiled` for a workdir in a bucket, since its machines come and go; otherwise
-    JAX_COMPILATION_CACHE_DIR, or `~/.cache/diva_jax/compiled`, of limited size."""
+    for none. auto is JAX_COMPILATION_CACHE_DIR, or `compiled` in the folder `kept`, of limited size where at home."""
     if not setting:
         return
     if setting != AUTO:

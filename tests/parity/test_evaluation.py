@@ -219,13 +219,18 @@ def test_a_vision_tower_alone_has_the_configs_text_tower(config, exported, tmp_p
 def test_runs_of_other_seeds_and_several_checkpoints(tmp_path, data, exported, workdir):
     others = [trained_run(tmp_path / f"s{seed}", exported, seed) for seed in (1, 2, 3)]
     group = "tuned=" + ",".join(f"{other}:5" for other in others)
-    args = [f"--weights={w}" for w in (exported, group, f"{workdir}:2", f"{workdir}:5")]
+    tower = {name: t * np.nan for name, t in tensors(torch_model(CLIP, seed=8).visual).items()}
+    write_safetensors(tmp_path / "nan.safetensors", tower)
+    args = [f"--weights={w}" for w in (exported, group, tmp_path / "nan.safetensors", f"{workdir}:2", f"{workdir}:5")]
     args += [f"--config=custom:{exported}", "--control=tuned", "--best", "--task=mmvp,drift"]
     args += [f"--data={task}={path}" for task, path in data.items()]
     args += [f"--config.eval.{o}" for o in ("bootstrap=300", "mmvp.seeds=2", "batch_size=50", "drift.neighbours=3")]
-    printed = commands.succeed("evaluate", *args, f"--out={tmp_path / 'out'}")
+    code, printed, said = commands.run("evaluate", *args, f"--out={tmp_path / 'out'}")
+    lost = f"nan.safetensors has no scores ({tmp_path}/nan.safetensors: the tensor "  # All others have scores.
+    assert code == 1 and f"error: {lost}" in said
     assert f"{workdir}: the best of 2 checkpoints in MMVP-VLM, " in printed and "over 3 runs [" in printed
     found = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert found["notes"][0].startswith(lost)
     members = [{"source": str(o), "step": 5, "checkpoint": checkpoint.identity(o, 5)} for o in others]
     assert found["weights"][1] == dict(label="tuned", members=members)
     assert list(found["tasks"]["mmvp"]["weights"]) == [exported.name, "tuned", "tuned:2", "tuned:5"]
@@ -263,11 +268,9 @@ def test_the_tokenizer_may_come_from_elsewhere(tmp_path, config, data, exported)
     assert runner.model("bare", bare).embeddings.shape == (270, CLIP.embed_dim)
 
 
-def test_data_and_labels():
+def test_the_data_of_tasks():
     assert evaluator.data_of(["mmvp"], ["a=b"]) == {"mmvp": "a=b"}
     assert evaluator.data_of(["drift", "mmvp"], ["mmvp=a=b", "drift=c"]) == {"drift": "c", "mmvp": "a=b"}
-    assert evaluator.labels_of(["a/x", "b/y"], [None, 3]) == ["x", "y:3"]
-    assert evaluator.labels_of(["a/x", "b/x/"], [None, None]) == ["a/x", "b/x/"]
     for tasks, given, says in json.loads(Path(__file__).with_name("refused.json").read_text())["data_of"]:
         refused(says, evaluator.data_of, tasks, given)
 

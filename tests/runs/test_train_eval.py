@@ -140,14 +140,15 @@ def test_the_command_finds_what_the_log_says(files, photos, ran):
     mesh = partition.make_mesh(c.mesh)
     tasks = {"feedback": c.eval.data[0].removeprefix("feedback=")}
     run = evaluator.Evaluator(c, mesh, tasks)
-    given = [origins.find(source, "--weights") for source in (f"{files}/clip", str(ran))]
-    found = []
-    for label, loaded in encode.each(given, ["clip", "tuned"], c, mesh):
-        found.append((label, run.evaluate(run.model(label, loaded))))
-        own = {n: a for n, a in loaded.params.items() if n.startswith("visual_proj/")}
-        for name, array in trained(c, ran).items():
-            if name in own:
-                np.testing.assert_array_equal(np.asarray(own[name]), array)
+    places = {"clip": origins.find(f"{files}/clip", "--weights"), "tuned": origins.find(str(ran), "--weights")}
+    clip, tuned = (encode.read(*place[:2], c, mesh) for place in places.values())
+    lent, lender = encode.lend(places, mesh)
+    weights = {"clip": clip._replace(params=lent, borrowed=lender), "tuned": tuned}
+    for name, array in trained(c, ran).items():
+        if name.startswith("visual_proj/"):
+            np.testing.assert_array_equal(np.asarray(lent[name]), array)
+            np.testing.assert_array_equal(np.asarray(tuned.params[name]), array)
+    found = {label: [run.evaluate(run.model(label, encoder))] for label, encoder in weights.items()}
     results, _ = run.report(found)
     assert Task.model_validate(json.loads(json.dumps(results["feedback"]))).weights["tuned"].timesteps
     by_label = results["feedback"]["weights"]
@@ -158,7 +159,7 @@ def test_the_command_finds_what_the_log_says(files, photos, ran):
     assert not any("projection" in note for note in by_label["tuned"]["notes"])
     (comparison,) = results["feedback"]["comparisons"]
     assert comparison["scores"]["gap_other"]["difference"] != 0
-    bare = run.tasks["feedback"].evaluate(run.model("clip", encode.read(*given[0][:2], c, mesh)))
+    bare = run.tasks["feedback"].evaluate(run.model("clip", clip))
     assert "these weights have no visual_proj: the random one of config.seed=0 is used" in bare.results["notes"]
 
 

@@ -173,13 +173,6 @@ class Feedback(Task):
             notes = [f"these weights have no projection into the U-Net: the one trained by {encoder.borrowed} is used"]
         return arrays, notes
 
-    def _condition_losses(self, arrays, towers: encode.Towers) -> dict[str, np.ndarray]:
-        """The objective's `condition_losses`, float64 [N, BINS] each."""
-        others, keys = [self._pixels[i] for i in self.partners], self._keys(0, range(self.count))
-        items = list(zip(self._pixels, others, keys, strict=True))
-        parts = list(towers.outputs(partial(self._losses, arrays), items.__getitem__, self.count, *items[0]))
-        return {name: np.concatenate([part[name] for part in parts]).astype(np.float64) for name in parts[0]}
-
     def _gradients(self, arrays, label: str) -> np.ndarray:
         """Mean cosine of each group, [groups]; NaN where a gradient is zero. Images that do not fill a group are
         omitted. A group is repeated to a multiple of the number of devices; its mean gradient stays the same."""
@@ -204,7 +197,10 @@ class Feedback(Task):
     def evaluate(self, model) -> Outcome:
         """Losses, gaps and agreement of gradients, with intervals over images (groups of images for the latter)."""
         arrays, notes = self._arrays(model)
-        losses = self._condition_losses(arrays, model.towers)
+        others, keys = [self._pixels[i] for i in self.partners], self._keys(0, range(self.count))
+        items = list(zip(self._pixels, others, keys, strict=True))
+        found = list(model.towers.outputs(partial(self._losses, arrays), items.__getitem__, self.count, *items[0]))
+        losses = {name: np.concatenate([part[name] for part in found]).astype(np.float64) for name in found[0]}
         weights = losses.pop("nats_per_loss", None)
         for values in losses.values():
             encode.require_finite(values, model.label, "images", "diffusion losses")

@@ -177,8 +177,9 @@ except diva_jax.common.errors.UserError as e:
 
 # A command that says that it waits: in the main program, or in the garbage collector, where Python drops exceptions.
 COMMAND = """
-import gc, sys, time
+import atexit, gc, os, sys, time
 from diva_jax.common import cli
+atexit.register(os.abort)  # As threads may crash that still compute.
 where = sys.argv.pop()
 
 def wait(*_):

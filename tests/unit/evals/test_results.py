@@ -21,7 +21,7 @@ from specs import EVAL_CLIP as CLIP, EVAL_SIGLIP as SIGLIP
 
 from diva_jax import config, evals
 from diva_jax.common import results_schema
-from diva_jax.evals import Settings, encode, evaluator, results, stats
+from diva_jax.evals import Settings, encode, evaluator, results, stats, weight_sets
 from diva_jax.models.backbones import TABLE, Features, build
 from diva_jax.models.backbones.shared.transformer import Text
 from diva_jax.models.layers import Keys
@@ -82,16 +82,13 @@ def test_the_documented_form_is_the_declared_one():
 
 def test_weights_are_known_by_their_place_and_not_by_its_spelling(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    split = origins.split_step
-    monkeypatch.setattr(origins, "find", lambda text, _: origins.Place(*split(text), split(text)[0]))
-    monkeypatch.setattr(encode, "each", lambda given, own, *_: [(label, None) for label in own])
-    monkeypatch.setattr(encode, "check", lambda *_: [])
-    monkeypatch.setattr(evaluator.Evaluator, "model", lambda *_: None)
-    run = functools.partial(evaluator.run, eval_config(CLIP, "x"), data={})
-    (note,) = run(["clip", "runs/a:2", "./runs/a:4", "runs/a/:6", "runs/b:2"])[0]["notes"]
-    assert note.startswith("runs/a is given at 3 checkpoints")
-    refused("--weights=runs/a/:4 names the same weights as runs/a:4", run, ["clip", "runs/a:4", "runs/a/:4"])
-    refused("names the same weights twice", run, ["clip", "g=runs/a:4,./runs/a:4"])
+    monkeypatch.setattr(origins, "find", lambda text, _: origins.Place(*(at := origins.split_step(text)), at[0]))
+    monkeypatch.setattr(config, "check_runs", lambda _: None)
+    sets = weight_sets.find(["clip", "runs/a:2", "./runs/a:4", "runs/a/:6", "runs/b:2"])
+    assert weight_sets.checkpoints_by_run(sets) == {"runs/a": ["a:2", "a:4", "a:6"], "runs/b": ["b:2"]}
+    assert [given.label for given in weight_sets.find(["a/x", "b/x/"])] == ["a/x", "b/x/"]
+    refused("--weights=runs/a/:4 names the same weights as runs/a:4", weight_sets.find, ["runs/a:4", "runs/a/:4"])
+    refused("names the same weights twice", weight_sets.find, ["clip", "g=runs/a:4,./runs/a:4"])
 
 
 ENDS = {1: [0.5, 3.0], 0: [-1.0, 2.0], -1: [-4.0, -0.2]}
@@ -214,7 +211,7 @@ def test_a_task_from_outside_the_package(tmp_path, monkeypatch):
     run = evaluator.Evaluator(c, mesh, evals.entries(c.eval.data, ""))
     assert run.options["length"] == {"scale": 3.0} and "every" not in run.options and "mmvp" not in run.options
     outcomes = run.evaluate(run.model("x", encode.Encoder({}, None, "", {}, "")))
-    tasks, rows = run.report([("x", outcomes), ("y", outcomes)])
+    tasks, rows = run.report({"x": [outcomes], "y": [outcomes]})
     assert tasks["length"]["weights"]["x"]["scores"]["length"]["score"] == 12 and rows == []
     assert tasks["length"]["comparisons"][0]["scores"]["length"]["difference"] == 0
     c.eval.length.scale = 0.0

@@ -12,7 +12,7 @@ from helpers import refused
 from scipy import stats as reference
 
 from diva_jax.common.results_schema import Difference
-from diva_jax.evals import ItemTask, Settings, Values, seeds, stats
+from diva_jax.evals import ItemTask, Settings, Values, seeds, stats, weight_sets
 from diva_jax.weights.origins import Place
 
 
@@ -171,10 +171,10 @@ def test_how_a_group_is_written(tmp_path, monkeypatch):
     """What may be a group is a folder where there is one of this name."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a=b,c").mkdir()
-    assert {text: list(seeds.parse(text)) for text in NAMED} == NAMED
-    refused("--weights=runs/a,runs/b does not exist: give the flag once for each", seeds.parse, "runs/a,runs/b")
+    assert {text: list(weight_sets.parse(text)) for text in NAMED} == NAMED
+    refused("--weights=runs/a,runs/b does not exist: give the flag once for each", weight_sets.parse, "runs/a,runs/b")
     for text in ("t=runs/a", "t=runs/a,", "t=runs/a,runs/a", "t=runs/a,runs/b,runs/a"):
-        refused("must name two runs or more, each once", seeds.parse, text)
+        refused("must name two runs or more, each once", weight_sets.parse, text)
 
 
 def test_the_runs_of_a_group_differ_in_their_seed_alone(tmp_path):
@@ -183,7 +183,7 @@ def test_the_runs_of_a_group_differ_in_their_seed_alone(tmp_path):
         trees.change(tmp_path, {f"{case}a/config.json": first, f"{case}b/config.json": first | change})
         where = [(str(tmp_path / f"{case}{name}"), at) for name, at in (("a", 9), ("b", step))]
         places = [Place(folder, at, folder) for folder, at in where]
-        refused(message, seeds.check, "t", places) if message else seeds.check("t", places)
+        refused(message, weight_sets.check_group, "t", places) if message else weight_sets.check_group("t", places)
 
 
 @pytest.mark.parametrize("clusters", [[0, 1, 2, 3, 4, 5], [0, 0, 1, 1, 2, 3]])
@@ -206,7 +206,7 @@ def test_the_best_by_chance_is_that_of_all_exchanges(clusters):
 def test_the_sentence_on_the_best(gain, claimed):
     task, group, after = Marks(), outcomes(2, 0.4, n=240), outcomes(4, 0.4 + gain, seed=5, n=240)
     labels = [f"run:{i}" for i in range(4)]
-    by_label = [("ref", {"m": b}) for b in group] + [(label, {"m": a}) for label, a in zip(labels, after, strict=True)]
+    by_label = {"ref": [{"m": b} for b in group]} | {label: [{"m": a}] for label, a in zip(labels, after, strict=True)}
     before = np.mean([b.held["matches"].mean() for b in group])
     runs = {"runs/x": labels, "runs/y": ["ref"]}
     (text,) = seeds.best_notes({"m": task}, by_label, runs, True, Settings(bootstrap=2000))
