@@ -17,7 +17,7 @@ from diva_jax.common.errors import RunError, UserError, brief, explained, listin
 from diva_jax.data.images import sample_box
 from diva_jax.data.inputs import Example
 from diva_jax.data.sources import caption, listed
-from diva_jax.evals import Settings, evaluator, results
+from diva_jax.evals import Settings, evaluator, results, weight_sets
 from diva_jax.models import backbones
 from diva_jax.objectives import Progress
 from diva_jax.training import loop, partition, workdirs
@@ -305,6 +305,7 @@ def evaluate(
         raise UserError("data is empty: give {task: path}, e.g. {'mmvp': 'data/MMVP_VLM'}")
     if out is not None:  # Before anything is evaluated, which may take hours.
         paths.check_writable(out := paths.local(path("out", out), "--out"), "--out")
+    configs.check_runs(source for given in weights for source in weight_sets.parse(given)[1])
     data = {task: path(f"data[{task!r}]", place) for task, place in data.items()}
     summary, rows, failed = evaluator.run(read_config(config, fields), weights, data, control, best)
     incomplete = RunError("; ".join(failed)) if failed else None

@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from diva_jax import config as configs
 from diva_jax.common import paths
 from diva_jax.common.errors import UserError, listing
 from diva_jax.common.fields import differences
@@ -79,9 +78,8 @@ def _location(place: origins.Place) -> str:
 
 def find(weights: Sequence[str]) -> list[WeightSet]:
     """Finds sets of weights, each a source, WORKDIR[:STEP], or a group, see `parse`. A UserError where weights do not
-    exist, are given twice, or have the label of others, and where `config.check_runs` or `check_group` refuses runs."""
+    exist, are given twice, or have the label of others, and where `check_group` refuses a group."""
     named = [parse(text) for text in weights]
-    configs.check_runs(source for _, sources in named for source in sources)
     groups = [[origins.find(source, "--weights") for source in sources] for _, sources in named]
     own = iter(labels_of([place for places in groups for place in places]))
     out, known = [], {}

@@ -83,7 +83,6 @@ def test_the_documented_form_is_the_declared_one():
 def test_weights_are_known_by_their_place_and_not_by_its_spelling(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(origins, "find", lambda text, _: origins.Place(*(at := origins.split_step(text)), at[0]))
-    monkeypatch.setattr(config, "check_runs", lambda _: None)
     sets = weight_sets.find(["clip", "runs/a:2", "./runs/a:4", "runs/a/:6", "runs/b:2"])
     assert weight_sets.checkpoints_by_run(sets) == {"runs/a": ["a:2", "a:4", "a:6"], "runs/b": ["b:2"]}
     assert [given.label for given in weight_sets.find(["a/x", "b/x/"])] == ["a/x", "b/x/"]
