@@ -26,8 +26,8 @@ class Chip(NamedTuple):
     `clock` of the cycles that the compiler estimates [Hz]; `ici`, the rate at which a chip can send over all its links
     together [bytes/s]; `wrap`, a multiple of which an axis has wrap-around links, with three axes only where all are
     multiples; the sides of the square matrix units [elements]; `axes` of a slice; devices `per_chip`; `options` of
-    `topologies.get_topology_desc`; `compiler_options` that make the train step faster; and the size of the `scores` of
-    attention that stay in VMEM, 0 where parts of a batch are no faster [bytes] (docs/PERFORMANCE.md for both)."""
+    `topologies.get_topology_desc`; `compiler_options` of the train step; and the size of the `scores` of attention that
+    stay in VMEM, 0 where parts of a batch are no faster [bytes] (docs/PERFORMANCE.md for both)."""
 
     kind: str
     flops: float

@@ -191,7 +191,7 @@ class Towers:
         self, arrays: Mapping[str, Array], read: Callable[[int], np.ndarray], count: int, last: str
     ) -> Iterator[np.ndarray]:
         """Patch tokens of windows 0..count-1, in order, each float32 [P, D], not normalised. `read` gives window i,
-        uint8 [S, S, 3], in threads; `last` is how the last block is run, see `models.backbones.shared.dense`."""
+        uint8 [S, S, 3], in threads; `last` is one of `models.backbones.shared.transformer.VARIANTS`."""
         step = functools.partial(self._encode_dense, arrays, last=last)
         for tokens in self.outputs(step, lambda i: (read(i),), count, self._pixels):
             yield from tokens

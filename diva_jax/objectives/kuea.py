@@ -74,8 +74,8 @@ def recipe(config: ConfigDict) -> None:
 
 def stages(config: ConfigDict) -> tuple[contract.Stage, ...]:
     """One stage: `config.trainable`, and gamma and c where they are trained; the learning rate is open_clip's. With W
-    steps of warm-up (warmup * steps, rounded up): peak * (s + 1) / W before step W, then as `config.optim.schedule`
-    says, of which the cosine is 0 at the last step."""
+    steps of warm-up, as `config.optim` says: peak * (s + 1) / W before step W, then as its `schedule` says, of which
+    the cosine is 0 at the end."""
     options, stage = parse(KueaOptions, config.kuea, "config.kuea"), contract.tune(config)
     warm = config.optim.warmup_steps
     if warm < 0:

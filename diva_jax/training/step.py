@@ -60,7 +60,7 @@ def pace(stage: objectives.Stage, warmup: float) -> objectives.Pace:
 
 
 def learning_rate(stage: objectives.Stage, numbers: objectives.Pace) -> optax.Schedule:
-    """Linear from 0 to the peak, then as `stage.schedule` says: cosine to 0 at the stage's last step, or constant. The
+    """Linear from 0 to the peak, then as `stage.schedule` says: cosine to 0 at the stage's end, or constant. The
     argument counts steps from the stage's start. `numbers` are those of `pace`, or traced. A stage with a `rate` of its
     own has that one."""
     if stage.rate is not None:
