@@ -1,10 +1,10 @@
-"""un²CLIP (arXiv 2505.24517): the vision tower learns to invert unCLIP, a diffusion model of its image embeddings.
+"""un²CLIP (arXiv 2505.24517): the vision tower learns to invert unCLIP's decoder of its embedding (arXiv 2204.06125).
 
 For an image x: latents z0 = VAE(x), a timestep t and noise eps, z_t = sqrt(abar_t) z0 + sqrt(1 - abar_t) eps; the
 embedding e = vision(x), pooled and projected, not normalised; the class label c = [e', code(level)], where e' is e with
-the noise augmentation of unCLIP (arXiv 2204.06125, section 2.1; `embed_noise`); G = UNet(z_t, t, text, c), a
-v-prediction under the states of an empty prompt. loss = mean((G - v)^2) with v = sqrt(abar_t) eps - sqrt(1 - abar_t) z0
-(arXiv 2202.00512, section 4). The gradient runs through the U-Net into `vision`, all else is frozen.
+noise as in Stability's code of Stable unCLIP (`embed_noise`); G = UNet(z_t, t, text, c), a v-prediction under the
+states of an empty prompt. loss = mean((G - v)^2) with v = sqrt(abar_t) eps - sqrt(1 - abar_t) z0 (arXiv 2202.00512,
+section 4). The gradient runs through the U-Net into `vision`, all else is frozen.
 
 Which of the options below the method's authors used is not known: see docs/OBJECTIVES.md.
 """
