@@ -232,7 +232,7 @@ def _noise(label: str, intervals: Mapping[str, list[float] | None], kind: str = 
     if empty:
         means = "these data show no signal about the image in what the encoder is tuned with"
         text = f"{label}: the interval of {' and of '.join(empty)} is not above zero: {means}."
-        yield Finding("Feedback is noise", text, kind)
+        yield Finding("No signal in the feedback", text, kind)
 
 
 def _comparisons(results: Results) -> Iterator[Finding]:
