@@ -1,1 +1,1 @@
-"""Costs: FLOPs counted from a config, and what a compiled step costs on a chip."""
+"""Costs: FLOPs counted in a traced program, and what a compiled step costs on a chip."""
