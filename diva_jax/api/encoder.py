@@ -147,10 +147,11 @@ class Encoder:
         weights, spec = self._weights, self.spec
         if not spec.has_text:
             raise UserError(f"{self.source} is a vision encoder without a text tower: use encode_image")
-        tokenizer = tokenizers.open_tokenizer(spec.text, parts.tokenizer_folder(weights.source, "source"))
-        if weights.text is not None:
-            return tokenizer, weights.text
-        return tokenizer, encode.tower("text", weights.source, spec, self._mesh, self._config.mesh.min_shard)
+        if (arrays := weights.text) is None:
+            if weights.run:
+                weights.run.open_base()  # It must be as it was, as its text tower is that of the run.
+            arrays = encode.tower("text", weights.source, spec, self._mesh, self._config.mesh.min_shard)
+        return tokenizers.open_tokenizer(spec.text, parts.tokenizer_folder(weights.source, "source")), arrays
 
     @named()
     def encode_text(self, texts: str | Sequence[str], normalise: bool = False) -> np.ndarray:

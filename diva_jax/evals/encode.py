@@ -1,6 +1,7 @@
 """Encoders, which are any source of weights or a run at a step, and their embeddings of images and texts: batches of a
 fixed size, the last one padded, on any mesh."""
 
+import dataclasses
 import functools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,7 +23,7 @@ from diva_jax.evals import Settings
 from diva_jax.models import backbones
 from diva_jax.models.backbones import Features, Spec
 from diva_jax.models.layers import Array
-from diva_jax.training import partition, workdirs
+from diva_jax.training import checkpoint, partition, workdirs
 from diva_jax.weights import names, origins, parts
 
 _WHICH = r"all|random [1-9]\d{0,4}"
@@ -209,7 +210,7 @@ class Encoder(NamedTuple):
 
     `source` is that of the text tower and the tokenizer, `base` that of the vision tower that a run began with, or of
     these weights themselves. `params` are the objective's parameters that a run has trained, and `borrowed` is the
-    label of that run where it is another one."""
+    label of that run where it is another one; `run` is the run itself, without its arrays."""
 
     vision: Mapping[str, jax.Array]
     text: Mapping[str, jax.Array] | None
@@ -217,6 +218,7 @@ class Encoder(NamedTuple):
     params: Mapping[str, jax.Array]
     base: str
     borrowed: str = ""
+    run: workdirs.RunAt | None = None
 
 
 def tower(kind: str, source: str, spec: Spec, mesh: Mesh, min_shard: int) -> dict[str, jax.Array]:
@@ -236,20 +238,24 @@ def put(arrays: Mapping[str, jax.Array], mesh: Mesh, min_shard: int) -> dict[str
     return {n: jax.device_put(a, shardings[n]) for n, a in arrays.items()}
 
 
-def check(source: str, step: int | None, config) -> list[str]:
-    """A UserError where weights are missing, or of another architecture than the config's backbone, before any arrays
-    are read; the result of `origins.other_preparation` else. Source and step are those of a `Place`."""
+def check(source: str, step: int | None, config, texts: bool) -> list[str]:
+    """A UserError where weights are missing, of another architecture than the config's backbone or, where `texts` are
+    needed, those of a run are gone or changed from which it has its text tower, before any arrays are read; the result
+    of `origins.other_preparation` else. Source and step are those of a `Place`."""
     wanted = backbones.spec_of(config)
     if step is None:
         opened = origins.open_source(source, "--weights")
         parts.open_tower("vision", opened, wanted)
         return origins.other_preparation(opened.spec, wanted, opened.where)
-    run, where = workdirs.RunAt(source, step, workdirs.read_config(source), {}, {}, {}), f"the run {source}"
+    sources, where = checkpoint.stored(source, "sources", step) if texts else None, f"the run {source}"
+    run = workdirs.RunAt(source, step, workdirs.read_config(source), {}, sources or {}, {})
     spec = backbones.spec_of(run.config)
     origins.check_same(vars(spec), wanted, (*origins.ARCHITECTURE, "image_size"), where, "config.backbone")
     if "text" in run.program.towers.shapes:
         fields = vars(spec.text).keys() - {"kept_positions"}
         origins.check_same(vars(spec.text), wanted.text, fields, where, "config.backbone.text")
+    elif texts:
+        run.open_base()
     return origins.other_preparation(spec, wanted, where)
 
 
@@ -259,7 +265,8 @@ def read(source: str, step: int | None, config, mesh: Mesh) -> Encoder:
         run = workdirs.RunAt.open(source, step)
         spec, min_shard = backbones.spec_of(run.config), run.config.mesh.min_shard
         towers = {kind: put(arrays, mesh, min_shard) for kind, arrays in run.towers().items() if kind in names.TOWERS}
-        return Encoder(towers["vision"], towers.get("text"), spec.source, put(run.params, mesh, min_shard), spec.source)
+        own, params, run = towers.get("text"), put(run.params, mesh, min_shard), dataclasses.replace(run, params={})
+        return Encoder(towers["vision"], own, spec.source, params, spec.source, run=run)
     vision = tower("vision", source, backbones.spec_of(config), mesh, config.mesh.min_shard)
     text = source if origins.open_source(source, "--weights").has_text else config.backbone.source
     return Encoder(vision, None, text, {}, source)

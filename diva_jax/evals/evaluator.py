@@ -152,7 +152,8 @@ def run(
     runner = Evaluator(config, mesh, data)
     members = {label: place for given in sets for label, place in given.members.items()}
     # All weights are checked before the first are evaluated, which may take hours.
-    other = dict.fromkeys(text for place in members.values() for text in encode.check(place.source, place.step, config))
+    texts = bool(runner._rows)
+    other = dict.fromkeys(s for p in members.values() for s in encode.check(p.source, p.step, config, texts))
     lent, lender = encode.lend(members, mesh)
     outcomes, listed, failed = {}, [], []
     for given in sets:

@@ -154,10 +154,12 @@ def latest_step(workdir: epath.PathLike) -> int | None:
     return max(steps(workdir), default=None)
 
 
-def stored_config(workdir: epath.PathLike) -> dict | None:
-    """The config that the newest whole checkpoint was saved with, or None."""
-    step = latest_step(workdir)
-    content = None if step is None else _read_json(_folder(workdir) / str(step), "meta/metadata").get("config")
+def stored(workdir: epath.PathLike, key: str, step: int | None = None) -> dict | None:
+    """The object that a whole checkpoint, by default the newest, has in its meta under a key, or None; a UserError
+    where it is damaged."""
+    step = latest_step(workdir) if step is None else step
+    with _reading(workdir, step):
+        content = None if step is None else _read_json(_folder(workdir) / str(step), "meta/metadata").get(key)
     return content if isinstance(content, dict) else None
 
 

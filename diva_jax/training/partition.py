@@ -168,13 +168,11 @@ class Towers:
         _, used = dce_jaxpr(self._traced, [leaf in leaves for leaf in self._leaves])
         return list(itertools.compress(self._abstract, used))
 
-    def __call__(self, arrays: Mapping[str, jax.Array], wanted: Iterable[str] | None = None) -> Flat:
-        """The towers `wanted` (default all) of these parameters: tower -> name -> array, for an unchanged parameter the
-        given array. `arrays` has at least those that `needs` names, on devices or on the host."""
-        wanted = set(self.shapes if wanted is None else wanted)
-        leaves = [leaf for leaf in self._leaves if leaf[0] in wanted]
-        found = {leaf: arrays[self._same[leaf]] for leaf in leaves if leaf in self._same}
-        if computed := [leaf for leaf in leaves if leaf not in self._same]:
+    def __call__(self, arrays: Mapping[str, jax.Array]) -> Flat:
+        """The towers of these parameters: tower -> name -> array, for an unchanged parameter the given array. `arrays`
+        has at least those that `needs` names, on devices or on the host."""
+        found = {leaf: arrays[name] for leaf, name in self._same.items()}
+        if computed := [leaf for leaf in self._leaves if leaf not in self._same]:
 
             def compute(given):
                 rest = {n: jnp.zeros(a.shape, a.dtype) for n, a in self._abstract.items() if n not in given}
@@ -182,4 +180,4 @@ class Towers:
                 return [towers[tower][name] for tower, name in computed]
 
             found |= zip(computed, jax.jit(compute)({n: arrays[n] for n in self._inputs(computed)}), strict=True)
-        return {t: {name: found[t, name] for tower, name in leaves if tower == t} for t in self.shapes if t in wanted}
+        return {t: {name: found[t, name] for tower, name in self._leaves if tower == t} for t in self.shapes}

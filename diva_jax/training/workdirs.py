@@ -87,6 +87,7 @@ RESUMABLE = (
     *("log", "checkpoint", "eval", "mesh", "remat", "compile_cache", "compiler_options", "kernels", "profile"),
     *("data.threads", "data.prefetch", "data.stall_timeout", "data.decode_gib", "data.max_broken_share"),
 )
+_PUT_BACK = "run the command in the folder where the run began, or put the weights there"
 _NO_CONFIG = (AttributeError, KeyError, TypeError, ValueError)
 _VISIBLE_WITHIN_S = 60.0  # Within this time, network file systems show a new file everywhere.
 # Sections that are compared as a whole: their fields are those of another library.
@@ -99,7 +100,7 @@ def _run_config(workdir: epath.PathLike) -> dict | None:
     try:
         return json_files.read(path, dict[str, Any], "restore it, it is the config of the run", None)
     except UserError as e:
-        if (content := checkpoint.stored_config(workdir)) is None:
+        if (content := checkpoint.stored(workdir, "config")) is None:
             raise
         say(f"{e}; the config in the newest checkpoint is used")
         return content
@@ -286,17 +287,32 @@ class RunAt:
         # A field is missing, or cannot be used.
         problem = f"{self.workdir}/config.json does not describe a run of this version"
         with explained(problem, "restore it", *_NO_CONFIG):
-            return Program(config, Mesh(np.asarray([[_host()]]), ("data", "fsdp")))
+            return Program(self.config.copy_and_resolve_references(), Mesh(np.asarray([[_host()]]), ("data", "fsdp")))
 
-    def towers(self, wanted: Iterable[str] | None = None) -> partition.Flat:
+    def open_base(self) -> origins.ClipSource:
+        """Opens the weights that it was tuned from; a UserError where they are gone or have changed."""
+        source = self.config.backbone.source
+        with explained(f"{self.workdir} was tuned from weights that cannot be opened", _PUT_BACK, UserError):
+            base = origins.open_source(source, "config.backbone.source")
+        sha256 = formats.fingerprint(base.tensors.files)
+        for prefix, part in self.program.objective.pretrained().items():
+            began = self.sources.get(prefix)
+            if part.source == source and began and began["sha256"] != sha256:
+                said = f"(sha256 {sha256[:12]}, {began['sha256'][:12]} expected)"
+                problem = f"{base.where} is not the checkpoint that the run {self.workdir} began with {said}"
+                raise UserError(f"{problem}: put {listing(began['source'])} back")
+        return base
+
+    def towers(self) -> partition.Flat:
         """The tuned towers, adapters merged; a UserError where weights that the run began with are gone or changed."""
         self.program.check_exportable()
-        wanted = list(self.program.towers.shapes if wanted is None else wanted)
-        needed = set().union(*(self.program.towers.needs(t) for t in wanted)) - set(self.params)
+        towers = self.program.towers
+        needed = set().union(*map(towers.needs, towers.shapes)) - set(self.params)
         taken = {n: self.program.arrays[n] for n in needed & set(self.taken.get("frozen", ()))}
-        arrays, began = initial_arrays(self.program, needed - taken.keys(), every_source=False)
+        with explained(f"{self.workdir} was tuned from weights that cannot be opened", _PUT_BACK, UserError):
+            arrays, began = initial_arrays(self.program, needed - taken.keys(), every_source=False)
         check_sources(self.sources, began)
         if taken:
             parent = Parent.recorded(self.taken)
             arrays |= checkpoint.restore_arrays(parent.workdir, parent.step, taken)[0]
-        return self.program.towers({**arrays, **self.params}, wanted)
+        return towers({**arrays, **self.params})

@@ -328,18 +328,7 @@ def open_run(workdir: epath.PathLike, step: int | None = None) -> ClipSource:
     from diva_jax.training import workdirs  # The layer above, which only a run needs.
 
     run = workdirs.RunAt.open(workdir, step)
-    spec = backbones.spec_of(run.config)
-    advice = "run the command in the folder where the run began, or put the weights there"
-    with explained(f"{workdir} was tuned from weights that cannot be opened", advice, UserError):
-        base = open_source(spec.source, "config.backbone.source")
-    sha256 = formats.fingerprint(base.tensors.files)
-    for prefix, part in run.program.objective.pretrained().items():
-        began = run.sources.get(prefix)
-        if part.source == spec.source and began and began["sha256"] != sha256:
-            said = f"(sha256 {sha256[:12]}, {began['sha256'][:12]} expected)"
-            problem = f"{base.where} is not the checkpoint that the run began with {said}"
-            raise UserError(f"{problem}: put {listing(began['source'])} back")
-    towers = run.towers()
+    spec, base, towers = backbones.spec_of(run.config), run.open_base(), run.towers()
     tuned = sorted(t for t in towers if not run.program.towers.needs(t).isdisjoint(run.params))
     if not tuned:
         problem = f"has trained no parameter of {listing(sorted(towers))}, only {listing(sorted(run.params), 3)}"

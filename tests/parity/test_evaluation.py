@@ -279,4 +279,4 @@ def test_a_run_of_another_backbone_is_refused(workdir):
     other = eval_config(CLIP, workdir)
     other.backbone.width = 60
     says = "the run .* than config.backbone: width is 48 there and 60 in"
-    refused(says, encode.check, str(workdir), 5, other)
+    refused(says, encode.check, str(workdir), 5, other, False)

@@ -82,7 +82,7 @@ READERS = {
     "lock.json": (lambda folder: lock.Lock(epath.Path(folder)).close(),),
     "latents.json": (lambda folder: latent_cache.Manifest.read(folder, "field"),),
     "Patterns.json": (lambda folder: mmvp.read_patterns(str(folder / "Questions.csv")),),
-    "checkpoints/3/meta/metadata": (restore, checkpoint.stored_config),
+    "checkpoints/3/meta/metadata": (restore, lambda workdir: checkpoint.stored(workdir, "config")),
     "checkpoints/3/data/metadata": (restore,),
     "checkpoints/3/_CHECKPOINT_METADATA": (restore, lambda folder: checkpoint.identity(folder, 3)),
     "captions/a.txt": (lambda folder: read_records(folder / "captions"),),

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from specs import CLIP_FOLDER
 from torch_models import equal, written_by_open_clip
 
+import diva_jax
 from diva_jax import config as configs, demo, weights
 from diva_jax.data import images
 from diva_jax.data.preprocess import normalise, to_float
@@ -139,8 +140,11 @@ def test_the_config_of_another_run_or_a_source_that_changed_is_refused(run, sour
         says = f"is not the config that the checkpoint of step 7 .* differ in {name} "
         refused(says, origins.open_run, run[0]) if name in others else origins.open_run(run[0])
     path.write_text(before)
+    encoder = diva_jax.load(run[0])
     monkeypatch.setattr(formats, "fingerprint", lambda files: "another")
-    refused("is not the checkpoint that the run began with", origins.open_run, run[0])
+    checked = lambda: encode.check(str(run[0]), STEP, encoder._config, texts=True)  # noqa: E731
+    for use in (checked, lambda: encoder.encode_text("a"), lambda: origins.open_run(run[0])):
+        refused("is not the checkpoint that the run .* began with .*put x back", use)
     monkeypatch.setattr(origins, "find", lambda *given: origins.locate("/nowhere", "x"))
     refused("that cannot be opened .* does not exist.*: run the command in", origins.open_run, run[0])
 

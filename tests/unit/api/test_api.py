@@ -174,7 +174,7 @@ def test_weights_are_checked_before_the_first_are_evaluated(clip, tmp_path, monk
     (other := config.default(EVAL_CLIP)).backbone.text.context_length = 99
     monkeypatch.setattr(workdirs, "read_config", lambda _: other)
     monkeypatch.setattr(workdirs.RunAt, "program", SimpleNamespace(towers=SimpleNamespace(shapes={"text": {}})))
-    refused("config.backbone.text: context_length is 99 there", encode.check, "runs/a", 4, c)
+    refused("config.backbone.text: context_length is 99 there", encode.check, "runs/a", 4, c, False)
 
 
 def test_other_parameters(encoder, clip, tmp_path):
