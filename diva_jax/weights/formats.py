@@ -27,6 +27,7 @@ from safetensors.numpy import save_file
 
 from diva_jax.common import json_files, paths
 from diva_jax.common.errors import UserError, explained, listing, reason
+from diva_jax.common.log import say_once
 
 # Types that are read; complex numbers and types of 8 bits and less are not weights.
 _DTYPES = dict(F64=np.float64, F32=np.float32, F16=np.float16, BF16=jnp.bfloat16, U8=np.uint8, BOOL=np.bool_)
@@ -98,6 +99,9 @@ def state_dict(path: Path, zipped: bool) -> dict[str, Tensor]:
         keys = f"a dict of {listing(list(content), 10)}" if isinstance(content, dict) and content else "no state dict"
         problem = f"{path} holds {keys}, where tensors by name are wanted, bare or under {' or '.join(_WRAPPERS)}"
         raise UserError(f"{problem}: save the model's state_dict(), preferably as safetensors")
+    inside = [key for key, value in content.items() if _unwrapped(value, torch.Tensor)]
+    if others := set(inside) - set([key for key in _WRAPPERS if key in inside][:1]):  # Such as an average of weights.
+        say_once(f"note: {path}: the tensors under {listing(sorted(others, key=str))} are not read")
     return {name: _lazy(f"{path}: the tensor {name}", tensor) for name, tensor in tensors.items()}
 
 

@@ -186,6 +186,9 @@ def _open_clip_names(tensors: Tensors, where: str) -> Tensors:
     ends = tuple(tower + m.CHECKPOINT.mark for tower in ("visual.", "") for m in modules)
     marked = (n.removesuffix(end) for end in ends for n in tensors if n.endswith(end))
     if prefix := next(filter(_AROUND.fullmatch, marked), ""):
+        if others := [n for n in tensors if not n.startswith(prefix)]:
+            said = f"the {len(others)} tensors whose names do not begin with {prefix} are not read"
+            say_once(f"note: {where}: {said}: {listing(others, 3)}")
         tensors = tensors.renamed(lambda n: n.removeprefix(prefix) if n.startswith(prefix) else None)
     if _recognise(tensors, ""):
         tensors = tensors.renamed(lambda n: f"visual.{n}")

@@ -56,9 +56,9 @@ def model():
 
 @pytest.mark.parametrize("suffix", ["pt", "old.pth", "safetensors"])
 @pytest.mark.parametrize("seed", range(6))
-def test_open_clip_files(model, tmp_path, seed, suffix):
+def test_open_clip_files(model, tmp_path, capsys, seed, suffix):
     """With prefixes of modules around the model, pickles bare or under the keys of training states, one in the other.
-    Halves of both kinds are widened exactly; CustomTextCLIP's text tower has a prefix."""
+    Halves of both kinds are widened exactly; CustomTextCLIP's text tower has a prefix. What is not read is said."""
     rng, path, tensors = np.random.default_rng(seed), tmp_path / f"weights.{suffix}", state_dict(model)
     kind, modules = ("float32", "half", "text.")[seed % 3], seed // 2
     if kind == "half":
@@ -68,15 +68,18 @@ def test_open_clip_files(model, tmp_path, seed, suffix):
         tensors.pop("text.attn_mask", None)
     prefix = "".join(rng.choice(["module.", "_orig_mod.", "model."], modules))
     content = {prefix + k: v.contiguous() for k, v in tensors.items()}
+    average = {f"ema.{k}": v + 1 for k, v in tensors.items() if modules}
     if suffix == "safetensors":
-        save_file(content, path)
+        save_file(content | average, path)
     else:
         for key in rng.choice(["state_dict", "model_state_dict", "model", "module"], modules, replace=False):
-            content = {"epoch": 3, "optimizer_state_dict": {"state": {}}, "loss": torch.ones(3), str(key): content}
+            content = {"ema": average, "optimizer_state_dict": {"state": {}}, "loss": torch.ones(3), str(key): content}
         torch.save(content, path, _use_new_zipfile_serialization=suffix == "pt")
     same_towers(path, {k.removeprefix("text."): v for k, v in tensors.items()})
     loaded = weights.load(str(path), CLIP, param_dtype=jnp.bfloat16)
     same(loaded, names.table("vision", CLIP), {k: v.bfloat16() for k, v in tensors.items()})
+    note = f"{len(tensors)} tensors whose names" if suffix == "safetensors" else "the tensors under ema are not read"
+    assert (note in capsys.readouterr().out) == (modules > 0)
 
 
 def test_open_clip_folder_and_the_file_in_it(model, tmp_path):
