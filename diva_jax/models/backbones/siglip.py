@@ -81,10 +81,11 @@ _TANH = hf.ACTIVATIONS["gelu_tanh"]
 
 def _from_config(config: Mapping[str, Any], preprocessor: Mapping, where: str) -> tuple[Spec, frozenset[str]]:
     """See `hf.Layout`. transformers' published configs name tanh's approximation of GELU in both towers. open_clip, and
-    this Spec, run them with the exact GELU, but for SigLIP 2's text towers and some vision towers of timm's."""
+    this Spec, run them with the exact GELU, but for SigLIP 2's text towers and some vision towers of timm's. An export
+    of this package, which `exported_by` marks, is run as it says."""
     (vision, activation), (text, text_activation) = hf.tower_options(config, hf.DEFAULTS["siglip"], where)
     fields = hf.vision_fields(vision)
-    published = vision["hidden_act"] == text["hidden_act"] == _TANH
+    published = "exported_by" not in config and vision["hidden_act"] == text["hidden_act"] == _TANH
     if published:
         towers = (tower for tower in CHECKPOINT.timm.values() if all(tower[k] == v for k, v in fields.items()))
         activation = next((tower["activation"] for tower in towers), "gelu")
@@ -102,7 +103,8 @@ def _from_config(config: Mapping[str, Any], preprocessor: Mapping, where: str) -
 def _to_config(spec: Spec, dtype: str) -> dict:
     known = all(getattr(spec.text, field) == value for field, value in _TEXT_RULES.items() if field != "tokenizer")
     hf.require_text(spec, known)
-    return hf.two_towers(spec, dtype, "siglip", "SiglipModel", {}, dict(projection_size=spec.embed_dim))
+    text = dict(projection_size=spec.embed_dim)
+    return hf.two_towers(spec, dtype, "siglip", "SiglipModel", {}, text, exported_by="diva_jax")
 
 
 TRANSFORMERS = hf.Layout({"siglip": "SiglipModel"}, "vision_model.", _from_config, _to_config, "Siglip")
