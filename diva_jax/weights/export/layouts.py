@@ -48,10 +48,10 @@ def _lacks(source: ClipSource, spec: Spec) -> str:
     return " or ".join(" with ".join(sorted(wanted, reverse=True)) for wanted in sets)
 
 
-def with_tokenizer(source: ClipSource, spec: Spec, folder: str) -> ClipSource:
+def with_tokenizer(source: ClipSource, spec: Spec, fmt: str, folder: str) -> ClipSource:
     """A source with the tokenizer's files of a folder; a UserError where that has none that fits the text tower."""
-    if not spec.has_text:
-        raise UserError("--tokenizer is for models with a text tower: leave it out, this one has none")
+    if not spec.has_text or fmt == "pt":
+        raise UserError("--tokenizer is for exports with a text tower: leave it out, this one has none")
     where = paths.expanded(folder)
     source = dataclasses.replace(source, tokenizer=origins.tokenizer_files(where))
     if lacks := _lacks(source, spec):
@@ -321,7 +321,7 @@ def export(
             formats.write_json(folder / "preprocessor_config.json", names.transformers_configs(spec)[1])
         if spec.has_text and fmt != "pt":
             write_tokenizer(folder, source, spec, fmt)
-        (folder / "README.md").write_text(card)
+        (folder / "README.md").write_text(card, "utf-8", "backslashreplace")
         path = folder / PT_FILE if fmt == "pt" else folder
         there = origins.open_source(str(path)).tensors
         wrong = tensors.keys() ^ there.keys()

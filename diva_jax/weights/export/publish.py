@@ -148,7 +148,7 @@ def export(
     if opened.run:
         source, step, began = opened.run["workdir"], opened.run["step"], opened.run["config"]["backbone"]["source"]
     if options.tokenizer:
-        opened = layouts.with_tokenizer(opened, spec, options.tokenizer)
+        opened = layouts.with_tokenizer(opened, spec, fmt, options.tokenizer)
     about = dataclasses.replace(options, base_model=options.base_model or origins.hub_id(began))
     shown = {"note": layouts.without_tokenizer(opened, spec, fmt), "path": str(out)}
     shown["scores"] = scores_of(options.results, source, step) if options.results else None

@@ -197,7 +197,7 @@ def test_what_is_not_whole_is_refused_and_named(tmp_path, clip):
             AutoTokenizer.from_pretrained(folder)
         note = layouts.without_tokenizer(source, SPEC, "hf")
         assert "vocab.json with merges.txt" in note and "--tokenizer=FOLDER" in note
-        added = layouts.with_tokenizer(source, SPEC, clip.where)
+        added = layouts.with_tokenizer(source, SPEC, "hf", clip.where)
         assert layouts.without_tokenizer(added, SPEC, "hf") == "" and "vocab.json" in {f.name for f in added.tokenizer}
     (partial := tmp_path / "partial").mkdir()
     shutil.copy(Path(clip.where, "vocab.json"), partial)
@@ -207,4 +207,4 @@ def test_what_is_not_whole_is_refused_and_named(tmp_path, clip):
         (clip.where, dataclasses.replace(SPEC, text=NO_TEXT), "leave it out"),
         (clip.where, CLIP_FOLDER, "514 tokens"),
     ):
-        refused(named, layouts.with_tokenizer, source, spec, str(folder))
+        refused(named, layouts.with_tokenizer, source, spec, "hf", str(folder))
