@@ -11,7 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from diva_jax import config as configs
-from diva_jax.api.encoder import Encoder, ImageLike, as_image, as_images, chosen, mapping, named, path, sequence
+from diva_jax.api.encoder import Encoder, ImageLike, as_image, as_images, chosen, mapping, named, path, sequence, whole
 from diva_jax.common import config_files, fields as declarations, paths
 from diva_jax.common.errors import RunError, UserError, brief, explained, listing, printable
 from diva_jax.data.images import sample_box
@@ -31,7 +31,7 @@ class Result(NamedTuple):
 
     loss: float  # The scalar that is differentiated.
     metrics: dict[str, float]  # Name -> value, as the train loop logs them.
-    gradients: dict[str, jax.Array]  # Name -> array of the shape of the parameter, float32.
+    gradients: dict[str, jax.Array]  # Name -> array of the shape and dtype of the parameter.
 
 
 class Loss:
@@ -73,7 +73,7 @@ class Loss:
         """
         if self.config.data.latents:
             raise UserError("Loss.batch reads no cache: give fields={'data.latents': ''}, for what it holds")
-        images = as_images(images)
+        images, seed = as_images(images), whole("seed", seed)
         texts = [None] * len(images) if texts is None else sequence("texts", texts)
         needing = [name for name, i in self._inputs.items() if i.needs_text]
         if len(texts) != len(images) or (needing and not all(isinstance(t, str) and t.strip() for t in texts)):
@@ -123,8 +123,7 @@ class Loss:
         """
         batch, params = self._checked(batch), self._complete(params)
         batch = jax.device_put(batch, jax.sharding.NamedSharding(self._mesh, partition.BATCH))
-        with explained(f"step={brief(step)} is no step", "give a whole number below 2**31", TypeError, OverflowError):
-            step = jnp.int32(step)
+        step = jnp.int32(whole("step", step))
         value, metrics, gradients = self._compute(params, self.frozen, batch, self._key, step)
         return Result(float(value), {name: float(v) for name, v in metrics.items()}, gradients)
 
@@ -153,18 +152,18 @@ class Loss:
           name -> array, of whole towers: "vision/NAME", and where the objective tunes them "text/NAME", "logit_scale"
           and "logit_bias".
         """
-        out = {}
-        for tower, arrays in self._program.towers({**self.frozen, **self._complete(params)}).items():
-            out |= {name if name == tower else f"{tower}/{name}": array for name, array in arrays.items()}
-        return out
+        towers = self._program.towers({**self.frozen, **self._complete(params)})
+        every = ((tower, name, array) for tower, arrays in towers.items() for name, array in arrays.items())
+        return {name if name == tower else f"{tower}/{name}": array for tower, name, array in every}
 
     def _checked(self, batch: Mapping[str, Any]) -> dict[str, np.ndarray]:
         batch = mapping("batch", batch, "Loss.batch(images)")
-        if missing := [name for name in self.inputs if name not in batch]:
-            raise UserError(f"the batch lacks {listing(missing)}: it must have {self._described()}")
-        if strange := [name for name in batch if name not in (*self.inputs, "row")]:
-            raise UserError(f"the batch has {listing(strange)}, which is no input: it must have {self._described()}")
-        size = len(batch[next(iter(self.inputs))])
+        wrong = [f"lacks {name}" for name in self.inputs if name not in batch]
+        wrong += [f"has {name}, which is no input" for name in batch if name not in (*self.inputs, "row")]
+        if wrong:
+            inputs = [f"{name} ({dtype} [B, {', '.join(map(str, s))}])" for name, (s, dtype) in self.inputs.items()]
+            raise UserError(f"the batch {listing(wrong)}: it must have {listing(inputs)}")
+        size, *_ = (*np.shape(batch[next(iter(self.inputs))]), 0)
         arrays = {"row": np.arange(size, dtype=np.int32)} | {name: np.asarray(a) for name, a in batch.items()}
         for name, (shape, dtype) in {**self.inputs, "row": ((), np.dtype(np.int32))}.items():
             if arrays[name].shape != (size, *shape) or arrays[name].dtype != dtype:
@@ -174,9 +173,6 @@ class Loss:
         if not size or size % devices:
             raise UserError(f"a batch of {size} cannot be split over {devices} devices: give a multiple of {devices}")
         return arrays
-
-    def _described(self) -> str:
-        return ", ".join(f"{name} ({dtype} [B, {', '.join(map(str, s))}])" for name, (s, dtype) in self.inputs.items())
 
 
 __all__ = ["Encoder", "Loss", "evaluate", "export", "load", "objective", "train"]
@@ -214,9 +210,7 @@ def load(
       batch_size: the largest number of images or texts that are computed at once.
       dtype: compute type, "float32" or "bfloat16".
     """
-    for name, value in {"batch_size": batch_size, "dtype": dtype}.items():
-        if problem := declarations.declared(Settings)[name].problem(value):
-            raise UserError(f"{name}={brief(value)} {problem}")
+    declarations.check({"batch_size": batch_size, "dtype": dtype}, declarations.declared(Settings), "load")
     configs.check_runs([source := path("source", source)])
     source, step, _ = origins.find(source, "source")
     if step is not None:
@@ -224,8 +218,8 @@ def load(
         if spec is not None:
             raise UserError("spec is for weights without a description: leave it out for a run, which has a config")
     else:
-        if isinstance(spec, str):
-            chosen("spec", spec, backbones.TABLE)
+        if spec is not None and not isinstance(spec, backbones.Spec):
+            chosen("spec", spec, [*backbones.TABLE])
         config = configs.default(spec or origins.open_source(source, "source").described(source))
     with config.unlocked():
         # All devices of this machine, not those of the run.
@@ -350,10 +344,10 @@ def export(
     chosen("format", format, layouts.FORMATS)
     chosen("dtype", dtype, layouts.DTYPES)
     run = origins.as_run(source)
-    if step is not None and run is None:
-        raise UserError(f"step={step} is for the workdir of a run, which {source} is not: leave it out")
+    if step is not None and (run is None or run[1] is not None):
+        raise UserError(f"step={step} is for the workdir of a run without a step, which {source} is not: leave it out")
     if run is not None:
-        source, step = run[0], run[1] if step is None else step
+        source, step = run[0], run[1] if step is None else whole("step", step)
     if params is not None:
         params = mapping("params", params, "Loss.towers()")
         if run is not None or options.get("results"):
@@ -361,6 +355,6 @@ def export(
             advice = "give the weights that the loop began with, Loss.config.backbone.source, and leave out results"
             raise UserError(f"{problem}: {advice}")
     configs.check_runs([source])
-    options = publish.ExportOptions(**options)
-    publish.export(source, out, format, dtype, options, run=run is not None, step=step, params=params)
+    given = publish.ExportOptions(**{name: path(name, value) for name, value in options.items() if value})
+    publish.export(source, out, format, dtype, given, run=run is not None, step=step, params=params)
     return out

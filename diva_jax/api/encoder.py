@@ -3,6 +3,7 @@
 import copy
 import functools
 import inspect
+import operator
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from types import UnionType
@@ -69,6 +70,15 @@ def sequence(name: str, value: Any, one: type | UnionType = str) -> Sequence:
     return value if isinstance(value, Sequence) else list(value)  # A pandas series counts by its index, not from 0.
 
 
+def whole(name: str, value: Any) -> int:
+    """Returns a whole number from 0 to 2**31 - 1 as an int; raises a UserError for anything else."""
+    advice = "give a whole number from 0 to 2**31 - 1"
+    with errors.explained(f"{name}={brief(value)} cannot be used", advice, TypeError, ValueError):
+        if not 0 <= (number := operator.index(value)) < 2**31:
+            raise ValueError("it is out of range")
+    return number
+
+
 def path(name: str, value: Any) -> str:
     """Returns a path, or another name of a source, as a text; raises a UserError for anything else."""
     if not isinstance(value, str | os.PathLike):
@@ -86,7 +96,7 @@ class Encoder:
 
     Attributes:
       spec: the architecture and the preparation of images, a `backbones.Spec`.
-      source: the weights as they were given to `load`.
+      source: the weights as they were given to `load`, of a run its workdir.
       step: the step of the run's checkpoint; None for weights that are not of a run.
     """
 
@@ -104,6 +114,7 @@ class Encoder:
             self._towers[batch] = encode.Towers(self.spec, self._mesh, Settings(batch_size=batch, dtype=self._dtype))
         return self._towers[batch]
 
+    @named()
     def preprocess(self, image: ImageLike) -> np.ndarray:
         """Resizes and crops an image for this encoder. A UserError where it is none, or cannot be read.
 
@@ -185,9 +196,10 @@ class Encoder:
         """The parameters of the vision tower by name, as `backbones.build(spec)` has them."""
         return dict(self._weights.vision)
 
+    @named()
     def with_params(self, params: Mapping[str, jax.Array]) -> "Encoder":
         """Returns an encoder with other values of whole towers, such as those that a loop of one's own has tuned. A
-        UserError where a parameter is missing or unknown, or has another shape.
+        UserError where a parameter is missing or unknown, of another shape or not of floats.
 
         Args:
           params: what `Loss.towers` returns: "vision/NAME" or "text/NAME" -> array, with NAME as in `arrays`. A tower
@@ -198,7 +210,7 @@ class Encoder:
         placed = {t: encode.put(towers[t], self._mesh, min_shard) for t in ("vision", "text") if t in towers}
         new._weights = self._weights._replace(**placed)
         if "text" in placed:
-            new.__dict__["_text"] = self._text[0], placed["text"]
+            new.__dict__.pop("_text", None)
         return new
 
 

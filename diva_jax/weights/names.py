@@ -34,7 +34,7 @@ from diva_jax.weights.formats import Tensor, Tensors, write_open_clip
 def check_type(name: str, dtype: np.dtype, source: str) -> None:
     """Raises a UserError where a tensor is not of a floating type of at least 16 bits."""
     if not jnp.issubdtype(dtype, jnp.floating) or dtype.itemsize < 2:
-        raise UserError(f"{source}: the tensor {name} is of type {dtype}: give a file of unquantised float weights")
+        raise UserError(f"{source}: the tensor {name} is of type {dtype}: give unquantised floats")
 
 
 def check_values(name: str, array: np.ndarray, source: str, may_be_zero: bool = True) -> None:
@@ -169,8 +169,7 @@ def to_resolution(tensors: Tensors, spec: Spec) -> Tensors:
             grid = np.einsum("io,opd,jp->ijd", weights, grid, weights, optimize=True).astype(np.float32)
         return np.concatenate([table[:extra], grid.reshape(new * new, -1)]).reshape(shape)
 
-    resized = Tensor(shape, np.dtype(np.float32), read)
-    return Tensors(tensors | {positions.name: resized}, tensors.files)
+    return Tensors(tensors | {positions.name: Tensor(shape, np.dtype(np.float32), read)}, tensors.files)
 
 
 def stretch(table: np.ndarray, length: int, kept: int) -> np.ndarray:

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from etils import epath
 from flax import nnx
@@ -309,7 +310,9 @@ def in_open_clip_names(towers: Mapping[str, Mapping], spec: Spec) -> dict[str, n
 
 def whole_towers(params: Mapping[str, np.ndarray], spec: Spec) -> dict[str, dict[str, np.ndarray]]:
     """What `api.Loss.towers` returns by tower: tower -> NAME -> array; a UserError where there are none, one is not
-    whole, or they are not of `spec`."""
+        array = array if isinstance(array, jax.Array) else np.asarray(array)
+        names.check_type(name, array.dtype, "params")
+    whole, or they are not of `spec` or not floats."""
     towers: dict[str, dict] = {}
     for name, array in params.items():
         tower, _, own = name.partition("/")

@@ -136,8 +136,8 @@ def test_bad_images_are_one_sentence(encoder, tmp_path):
                 said = refused("an array uint8 .H, W, 3., not", encoder.encode_image, [x])
                 fixed = eval(said.rpartition(": give ")[2], {"x": x, "np": np})  # noqa: S307
                 np.testing.assert_array_equal(fixed, 255 * (image > 99) if x.dtype == bool else image)
-    says = "encode_image has no argument normalize; did you mean normalise"
-    refused(says, encoder.encode_image, image, normalize=True)
+    for method, wrong in dict(encode_image="normalize", preprocess="img", with_params="parms").items():
+        refused(f"{method} has no argument {wrong}; did you mean", getattr(encoder, method), **{wrong: 1})
     refused("encode_text takes texts, not int", encoder.encode_text, ["a", 3])
     refused("texts=None are no texts: give one, or a list", encoder.encode_text, None)
     refused("images=None are no images: give one, or a list", encoder.encode_image, None)
@@ -198,6 +198,7 @@ def test_other_parameters(encoder, clip, tmp_path):
     for wrong in ({}, {n: a for n, a in given.items() if n != name}, given | {name: 1.0}, given | {"head/bias": 1.0}):
         for use in (encoder.with_params, lambda params: diva_jax.export(clip, tmp_path / "no", params=params)):
             refused("params are not those of whole towers.*give what Loss.towers", use, wrong)
+            refused(f"{name} is of type int64: give unquantised floats", use, given | {name: np.ones(3, int)})
 
 
 @pytest.fixture(scope="module")
@@ -245,13 +246,14 @@ def test_batches_are_cropped_as_in_training(loss):
 def test_bad_batches_are_one_sentence(loss):
     good = loss.batch([patch(i) for i in range(8)])
     for batch, says in (
-        ({}, "the batch lacks image: it must have image .uint8 .B, 21, 21, 3.."),
+        (None, "the batch lacks image: it must have image .uint8 .B, 21, 21, 3.."),
         (good | {"text": 1}, "the batch has text, which is no input"),
         ({"image": good["image"] / 255}, r"the input image is float64 .8, 21, 21, 3.: give uint8"),
         ({"image": good["image"][:, :10]}, r"is uint8 .8, 10, 21, 3."),
         (good | {"row": np.arange(8)}, "the input row is int64"),
         ({"image": good["image"][:5]}, "a batch of 5 cannot be split over 8 devices"),
         ({"image": good["image"][:0]}, "a batch of 0 cannot"),
+        ({"image": None}, "the input image is object ..: give uint8 .0, 21, 21, 3."),
     ):
         refused(says, loss, batch)
     for params, says in (
@@ -265,8 +267,9 @@ def test_bad_batches_are_one_sentence(loss):
     refused("__call__ has no argument paramss; did you mean params", loss, good, paramss=1)
     refused("2 images need as many texts", lambda: loss.batch([patch(0), patch(1)], ["one"]))
     refused("the image none.jpg cannot be read", loss.batch, "none.jpg")
-    refused("the batch lacks image", loss, None)
-    refused("step=10{12} is no step .*: give a whole number below", loss, good, step=10**12)
+    for wrong in (10**12, -1, 2.5, "3", None, np.zeros(2, int)):
+        refused("^step=.* cannot be used .*: give a whole number from 0 to", loss, good, step=wrong)
+        refused("^seed=.* cannot be used .*: give a whole number from 0 to", loss.batch, patch(0), seed=wrong)
     np.testing.assert_array_equal(loss.batch(patch(i) for i in range(8))["image"], good["image"])
 
 
