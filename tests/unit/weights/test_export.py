@@ -150,12 +150,14 @@ def test_weights_that_are_not_finite_are_named(clip, tmp_path, seed):
     rng = np.random.default_rng(seed)
     name = sorted(clip.tensors)[rng.integers(len(clip.tensors))]
     array = np.array(clip.tensors[name])
-    array.flat[rng.integers(array.size)] = rng.choice([np.nan, np.inf, -np.inf])
+    array.flat[(at := rng.integers(array.size))] = rng.choice([np.nan, np.inf, -np.inf])
     changed = formats.Tensor(array.shape, array.dtype, lambda: array)
     broken = dataclasses.replace(clip, tensors=formats.Tensors({**clip.tensors, name: changed}, clip.tensors.files))
     for fmt in ("open_clip", "hf"):
         says = rf": the tensor {name} has values that are NaN or infinite"
         refused(says, layouts.export, broken, clip.spec, tmp_path / fmt, fmt)
+    array.flat[at] = 1e6
+    refused("does not fit float16", layouts.export, broken, clip.spec, tmp_path / "a", "open_clip", dtype="float16")
     assert not list(tmp_path.iterdir())
 
 
