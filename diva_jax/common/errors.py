@@ -78,8 +78,7 @@ def place(error: BaseException) -> str:
 def listing(names: Sequence[str], limit: int = 20) -> str:
     """`a, b, c`, cut with a count past `limit` names."""
     names = [printable(n if len(n) <= 500 else f"{n[:500]}...").replace("\n", "\\n") for n in map(str, names)]
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
 def brief(value: object, most: int = 100) -> str:

@@ -83,10 +83,8 @@ class Update(nnx.Module):
 
     def _joined(self, parts: Array) -> Array:
         """[parts, ..., n_out / width] -> [..., n_out], zero for the parts that are not adapted."""
-        all_parts = [
-            parts[self.parts.index(i)] if i in self.parts else jnp.zeros_like(parts[0]) for i in range(self.width)
-        ]
-        return jnp.concatenate(all_parts, axis=-1)
+        found = dict(zip(self.parts, parts, strict=True))
+        return jnp.concatenate([found.get(i, jnp.zeros_like(parts[0])) for i in range(self.width)], axis=-1)
 
     def _dropped(self, x: Array, keys: Array) -> Array:
         """[B, ..., n_in] -> [parts, B, ..., n_in]: each part has a mask of its own."""

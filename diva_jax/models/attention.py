@@ -49,8 +49,7 @@ def parts(shape: tuple[int, int, int], heads: int) -> int:
 
 def implementation(width: int, dtype, mesh) -> str | None:
     """Returns that of `jax.nn.dot_product_attention`: cuDNN's kernel, for 16 bits on GPUs, else None (XLA)."""
-    narrow = jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16)
-    fits = narrow and width <= CUDNN_WIDTH and width % 8 == 0
+    fits = jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16) and width <= CUDNN_WIDTH and width % 8 == 0
     return "cudnn" if fits and traced_for(mesh) == "gpu" else None
 
 

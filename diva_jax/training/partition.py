@@ -95,10 +95,7 @@ def scales(table: Iterable[tuple[str, float]], names: Iterable[str]) -> dict[str
     for pattern, _ in table:
         if not is_regex(pattern):
             raise UserError(f"config.trainable: {pattern!r} is not a regular expression")
-    first = {}
-    for name in names:
-        matching = (i for i, (pattern, _) in enumerate(table) if re.fullmatch(pattern, name))
-        first[name] = next(matching, None)
+    first = {n: next((i for i, row in enumerate(table) if re.fullmatch(row[0], n)), None) for n in names}
     if missed := [n for n, i in first.items() if i is None]:
         raise UserError(f"config.trainable matches no pattern for {listing(missed, 5)}: end the table with ('.*', 0.0)")
     for i, (pattern, _) in enumerate(table):

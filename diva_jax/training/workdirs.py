@@ -77,9 +77,8 @@ def initial_arrays(
                 out_shardings={n: program.shardings[n] for n in fresh},
             )
             arrays |= init()
-        names = {prefix: [f.name for f in o.tensors.files] for prefix, o in opened.items()}
-        origins = {prefix: {"source": names[prefix], "sha256": digests[prefix].result()} for prefix in opened}
-    return arrays, origins
+        found = ((prefix, [f.name for f in o.tensors.files]) for prefix, o in opened.items())
+        return arrays, {prefix: {"source": names, "sha256": digests[prefix].result()} for prefix, names in found}
 
 
 # Fields that may differ when a run is resumed, because none of them affects what is learned.
@@ -87,8 +86,8 @@ RESUMABLE = (
     *("log", "checkpoint", "eval", "mesh", "remat", "compile_cache", "compiler_options", "kernels", "profile"),
     *("data.threads", "data.prefetch", "data.stall_timeout", "data.decode_gib", "data.max_broken_share"),
 )
-_PUT_BACK = "run the command in the folder where the run began, or put the weights there"
 _NO_CONFIG = (AttributeError, KeyError, TypeError, ValueError)
+_PUT_BACK = "run the command in the folder where the run began, or put the weights there"
 _VISIBLE_WITHIN_S = 60.0  # Within this time, network file systems show a new file everywhere.
 # Sections that are compared as a whole: their fields are those of another library.
 WHOLE = ("diffusion.unet", "diffusion.vae", "diffusion.text_encoder", "diffusion.scheduler")
@@ -283,7 +282,6 @@ class RunAt:
     @functools.cached_property
     def program(self) -> Program:
         """The run's program, on one device of the host."""
-        config = self.config.copy_and_resolve_references()
         # A field is missing, or cannot be used.
         problem = f"{self.workdir}/config.json does not describe a run of this version"
         with explained(problem, "restore it", *_NO_CONFIG):

@@ -234,14 +234,10 @@ def weights_in(folder: Path, *stems: str) -> Tensors:
     """Opens the weights in a local folder under the first of the file names `stems`, without suffix, that exists. All
     file names that diffusers, transformers and open_clip use are supported: `.safetensors` or `.bin`, variants such as
     fp16, and sharded files with an index. A UserError where there is none, a shard is missing, or a file is invalid."""
-    for name in (name for stem in stems for name in _spellings(stem)):
-        path = folder / name
-        if not path.is_file():
-            continue
-        if not name.endswith(".json"):
-            return open_file(path)
-        shards = _shards(path)
-        return Tensors({n: t for shard in shards for n, t in open_file(shard).items()}, shards)
+    for path in (folder / name for stem in stems for name in _spellings(stem)):
+        if path.is_file():
+            files = _shards(path) if path.suffix == ".json" else [path]
+            return Tensors({n: t for file in files for n, t in open_file(file).items()}, files)
     advice = next((f"give the file itself, {file}" for file in sorted(folder.glob("*.pth"))), "fetch them again")
     raise UserError(f"{folder} has no weights ({' or '.join(stems)}.safetensors or .bin): {advice}")
 

@@ -183,8 +183,7 @@ def _recognise(tensors: Tensors, prefix: str = "visual.") -> ModuleType | None:
 
 def _open_clip_names(tensors: Tensors, where: str) -> Tensors:
     """Removes prefixes of a state dict, and moves the names of a vision tower that is alone under `visual.`."""
-    modules = list(architectures().values())
-    ends = tuple(tower + m.CHECKPOINT.mark for tower in ("visual.", "") for m in modules)
+    ends = [tower + m.CHECKPOINT.mark for tower in ("visual.", "") for m in architectures().values()]
     marked = (n.removesuffix(end) for end in ends for n in tensors if n.endswith(end))
     if prefix := next(filter(_AROUND.fullmatch, marked), ""):
         if others := [n for n in tensors if not n.startswith(prefix)]:
@@ -200,10 +199,8 @@ def _open_clip_names(tensors: Tensors, where: str) -> Tensors:
         raise UserError(f"{problem}; its names begin with {said}: {advice}")
     if architecture.CHECKPOINT.text is not None:
         tensors = tensors.renamed(architecture.CHECKPOINT.text.canonical)
-    for name in tensors.keys() & set(names.SCALARS):
-        if tensors[name].shape == (1,):
-            tensors = Tensors(tensors | {name: tensors[name].reshape(())}, tensors.files)
-    return tensors
+    scalars = {n: tensors[n].reshape(()) for n in names.SCALARS if n in tensors and tensors[n].shape == (1,)}
+    return Tensors(tensors | scalars, tensors.files)
 
 
 def tokenizer_files(folder: Path) -> tuple[Path, ...]:
@@ -310,11 +307,11 @@ def in_open_clip_names(towers: Mapping[str, Mapping], spec: Spec) -> dict[str, n
 
 def whole_towers(params: Mapping[str, np.ndarray], spec: Spec) -> dict[str, dict[str, np.ndarray]]:
     """What `api.Loss.towers` returns by tower: tower -> NAME -> array; a UserError where there are none, one is not
-        array = array if isinstance(array, jax.Array) else np.asarray(array)
-        names.check_type(name, array.dtype, "params")
     whole, or they are not of `spec` or not floats."""
     towers: dict[str, dict] = {}
     for name, array in params.items():
+        array = array if isinstance(array, jax.Array) else np.asarray(array)
+        names.check_type(name, array.dtype, "params")
         tower, _, own = name.partition("/")
         towers.setdefault(tower, {})[own or tower] = array
     shapes = {tower: {n: np.shape(a) for n, a in arrays.items()} for tower, arrays in towers.items()} or {"vision": {}}

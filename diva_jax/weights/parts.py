@@ -102,9 +102,7 @@ def check_schedule(folder: Path, config: ScheduleConfig) -> None:
         origins.check_same(there, config, there, str(path), "config.diffusion.scheduler")
 
 
-def load(
-    source: str, spec, *, tower: str = "vision", dtype=jnp.float32, param_dtype=jnp.float32, remat: bool = False
-) -> nnx.Module:
+def load(source: str, spec, *, tower: str = "vision", dtype=jnp.float32, param_dtype=jnp.float32) -> nnx.Module:
     """Returns a model with the weights of a source, written by any of the supported libraries.
 
     Args:
@@ -113,7 +111,6 @@ def load(
       spec: a `backbones.Spec`, or a UNetConfig, VAEConfig or TextEncoderConfig.
       tower: "vision" or "text", for a Spec.
       dtype, param_dtype: the dtypes of computations and of the weights.
-      remat: as for the model.
 
     Raises:
       UserError: the source is missing, invalid, or of another architecture than `spec`.
@@ -121,12 +118,10 @@ def load(
     kw = dict(dtype=dtype, param_dtype=param_dtype)
     if isinstance(spec, Spec):
         opened = open_tower(tower, origins.open_source(source), spec)
-        module = names.abstract(tower, spec, remat=remat, **kw)
+        module = names.abstract(tower, spec, **kw)
     else:
-        model = _part(spec)[1]
-        kw |= dict(remat=remat) if model is UNet else {}
         opened = open_diffusers(origins.diffusers_folder(source), spec)
-        module = layers.abstract(lambda rngs: model(spec, rngs=rngs, **kw))
+        module = layers.abstract(lambda rngs: _part(spec)[1](spec, rngs=rngs, **kw))
     graph, state = nnx.split(module)
     return nnx.merge(graph, opened.fill(state))
 

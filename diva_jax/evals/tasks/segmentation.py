@@ -236,8 +236,7 @@ class Segmentation(Task):
 
     def _cosines(self, model, texts: np.ndarray) -> Iterator[np.ndarray]:
         """Of each resized image, [h, w, T]: the mean over the windows that show a pixel."""
-        tokens = model.dense(self._cut, len(self.windows), self.options.last)
-        windows = zip(self.windows, tokens, strict=True)
+        windows = zip(self.windows, model.dense(self._cut, len(self.windows), self.options.last), strict=True)
         for i, of_image in itertools.groupby(windows, key=lambda window: window[0][0]):
             total = np.zeros((*self.sizes[i], len(texts)), np.float32)
             seen = np.zeros((*self.sizes[i], 1), np.float32)

@@ -249,8 +249,7 @@ def transformers_embeddings(
 
 def _run_original(path: Path, fmt: str, spec: Spec, source: ClipSource) -> str:
     """Encodes an image and a text with the export's library and with ours; returns the message to print."""
-    tower_library = backbones.architecture(spec.arch).CHECKPOINT.library
-    library = {"hf": "transformers", "open_clip": "open_clip", "pt": tower_library}[fmt]
+    library = {"hf": "transformers", "pt": backbones.architecture(spec.arch).CHECKPOINT.library}.get(fmt, "open_clip")
     if not available(library):
         return f"not run through {library}, which cannot be imported"
     images, keys, text = test_image(spec), [], None

@@ -145,9 +145,7 @@ def _from_timm(model: LibraryConfig, known: Checkpoint) -> dict:
 
 def _to_timm(spec: Spec, known: Checkpoint) -> dict:
     """open_clip's model config of the vision tower, a model of `known.timm`."""
-    differing = {}
-    for name, fields in known.timm.items():
-        differing[name] = {field for field, value in fields.items() if getattr(spec, field) != value}
+    differing = {n: {f for f, value in row.items() if getattr(spec, f) != value} for n, row in known.timm.items()}
     name = next((n for n, other in differing.items() if not other), None)
     if name is None:
         if name := next((n for n, other in differing.items() if other == {"activation"}), None):
