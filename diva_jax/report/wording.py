@@ -90,8 +90,7 @@ def direction(difference: Difference, better: str, doubted: bool = False) -> str
     if not difference.sign:
         return "" if difference.known_interval is None else "zero"
     up = difference.sign > 0
-    won = "doubted" if doubted else "won"
-    colour = won if up == (better == "higher") else "lost"
+    colour = "lost" if up != (better == "higher") else "doubted" if doubted else "won"
     arrow = "up" if up else "down"
     return f"{arrow} {colour}" if better else arrow
 

@@ -279,10 +279,11 @@ def write_open_clip(folder: str | Path, tensors: Mapping[str, np.ndarray], confi
 
 
 def refuse_taken(out: str | Path) -> None:
-    """Raises a UserError if `out` exists and is not an empty folder, or may not be written."""
+    """Raises a UserError if `out` exists and is not an empty folder, is a mount point, or may not be written."""
     out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"--out={out} exists already: remove it, or give another folder")
+    if (taken := out.exists() and (not out.is_dir() or any(out.iterdir()))) or out.resolve().is_mount():
+        said = "exists already: remove it, or give another folder" if taken else "is a mount point: give a folder in it"
+        raise UserError(f"--out={out} {said}")
     paths.check_writable(out, "--out")
 
 
@@ -302,7 +303,7 @@ def new_folder(out: str | Path) -> Iterator[Path]:
     """Yields a temporary folder, which is renamed to `out` if the block succeeds and removed otherwise; a UserError
     where `out` is there and not an empty folder, or cannot be written."""
     refuse_taken(out)
-    out = Path(out).absolute()
+    out = Path(out).resolve()  # A link stays.
     with explained(f"--out={out} cannot be written", "give a folder that you may write"):
         out.parent.mkdir(parents=True, exist_ok=True)
         for left in out.parent.glob(f".{glob.escape(out.name)}.*{_TEMPORARY}"):  # Killed exports have left these.

@@ -46,7 +46,6 @@ def test_a_local_folder_goes_before_the_hub(tmp_path, monkeypatch):
         refused(r"removed in November 2025: set config.diffusion.source to a mirror", origins.diffusers_folder, source)
     (tmp_path / "stabilityai/stable-diffusion-2-1-base").mkdir(parents=True)
     assert origins.diffusers_folder("stabilityai/stable-diffusion-2-1-base").is_dir()
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(origins, "download", lambda *_: pytest.fail("the hub was asked"))
     (tmp_path / "weights" / "clip").mkdir(parents=True)
     says = "config.x.source='weights/clpi' does not exist in the folder weights"
@@ -90,17 +89,20 @@ def test_arrays_go_straight_to_their_shards():
     np.testing.assert_array_equal(np.asarray(kernel, np.float32), weight.T.astype(jnp.bfloat16).astype(np.float32))
 
 
-def test_a_folder_appears_whole_or_not_at_all(tmp_path):
+def test_a_folder_appears_whole_or_not_at_all(tmp_path, monkeypatch):
     with pytest.raises(RuntimeError), formats.new_folder(tmp_path / "out") as folder:
         (folder / "half").write_text("")
         raise RuntimeError
     assert not list(tmp_path.iterdir())
     (tmp_path / "out").mkdir()
-    with formats.new_folder(tmp_path / "out") as folder:
+    (tmp_path / "link").symlink_to("out")
+    with formats.new_folder(tmp_path / "link") as folder:
         (folder / "whole").write_text("")
-    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["link", "out"] and (tmp_path / "out/whole").exists()
     refused("exists already", formats.new_folder(tmp_path / "out").__enter__)
     refused("cannot be written", formats.new_folder("/proc/nothing/out").__enter__)
+    monkeypatch.setattr(formats.Path, "is_mount", lambda path: path.name == "disk")
+    refused("disk is a mount point: give a folder in it", formats.refuse_taken, tmp_path / "disk")
 
 
 # Fields that change no tower.
