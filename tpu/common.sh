@@ -92,11 +92,15 @@ read_topology() {
   MACHINES=$((CHIPS / 4)) REGION=${ZONE%-*}
 }
 
-# Makes the policy by which the machines of a slice are placed together and linked, unless there is one from before.
+# Makes the policy by which the machines of a slice are placed together and linked, unless there is one from before,
+# which may be that of another shape.
 create_policy() {
-  run gcloud compute resource-policies create workload-policy "$NAME" "--project=$PROJECT" "--region=$REGION" \
-    --type=HIGH_THROUGHPUT "--accelerator-topology=$SHAPE" ||
-    run gcloud compute resource-policies describe "$NAME" "--project=$PROJECT" "--region=$REGION"
+  local policy=(gcloud compute resource-policies) place=("--project=$PROJECT" "--region=$REGION") shape
+  run "${policy[@]}" create workload-policy "$NAME" "${place[@]}" --type=HIGH_THROUGHPUT \
+    "--accelerator-topology=$SHAPE" && return
+  shape=$("${policy[@]}" describe "$NAME" "${place[@]}" '--format=value(workloadPolicy.acceleratorTopology)')
+  [[ $shape == "$SHAPE" ]] || die "the policy $NAME is for a slice of $shape and not of $SHAPE: use another NAME, or" \
+    "delete what uses it, and then the policy with ${policy[*]} delete $NAME ${place[*]}"
 }
 
 run() {
@@ -115,10 +119,10 @@ on_workers() {
 
 # The same in a managed instance group, where a worker is the number of an instance in the group's list: on the first,
 # which may ask for a key, and then on the others at once, since a run that ends on one machine starts again on those in
-# half a minute. The status is that of a command that failed.
+# half a minute. The status is that of a command that failed, or 1 where there is no such machine.
 on_instances() {
   local list=(gcloud compute instance-groups managed list-instances "$NAME" "${WHERE[@]}" '--format=value(name)')
-  local names=() found i pids=() status=0
+  local names=() found i pids=() status=0 reached=0
   if [[ $DRY_RUN -eq 1 ]]; then
     run "${list[@]}"
     names=(INSTANCE)
@@ -128,6 +132,7 @@ on_instances() {
   fi
   for i in "${!names[@]}"; do
     [[ $1 != all && $1 != "$i" && $DRY_RUN -eq 0 ]] && continue
+    reached=1
     if [[ $1 == all && $i -gt 0 ]]; then
       run gcloud compute ssh "${names[i]}" "${WHERE[@]}" "--command=$2" </dev/null &
       pids+=($!)
@@ -138,7 +143,8 @@ on_instances() {
   for i in "${pids[@]}"; do
     wait "$i" || status=$?
   done
-  return "$status"
+  [[ $reached -eq 1 ]] || echo "error: no machine for --worker=$1, since the group $NAME has ${#names[@]} machines" >&2
+  return "$((status + 1 - reached))"
 }
 
 # Says which changes are not part of the current commit, and so not of what is uploaded.

@@ -28,7 +28,7 @@ read_topology
 MIG=1
 
 create() {
-  local options=() group=()
+  local options=() group=() again="see above, and run $0 delete before you create it again"
   case $CAPACITY in
     spot) options=(--provisioning-model=SPOT --instance-termination-action=STOP) ;;
     flex-start)
@@ -43,10 +43,12 @@ create() {
   run gcloud compute instance-templates create "$NAME" "--project=$PROJECT" "--machine-type=$MACHINE_TYPE" \
     --image-project=ubuntu-os-accelerator-images "--image-family=$IMAGE_FAMILY" --boot-disk-size=200GB \
     --maintenance-policy=TERMINATE --scopes=cloud-platform "--metadata=diva-home=$HOME_IN_BUCKET" \
-    "--metadata-from-file=startup-script=$HERE/vm.sh" "${options[@]}" "${PASSED[@]}"
+    "--metadata-from-file=startup-script=$HERE/vm.sh" "${options[@]}" "${PASSED[@]}" ||
+    die "the template $NAME was not created: $again"
   run gcloud compute instance-groups managed create "$NAME" "${WHERE[@]}" "--template=$NAME" "--size=$MACHINES" \
     --default-action-on-vm-failure=do-nothing \
-    "--workload-policy=projects/$PROJECT/regions/$REGION/resourcePolicies/$NAME" "${group[@]}"
+    "--workload-policy=projects/$PROJECT/regions/$REGION/resourcePolicies/$NAME" "${group[@]}" ||
+    die "the group $NAME was not created: $again"
 }
 
 case $WHAT in

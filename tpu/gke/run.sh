@@ -58,12 +58,7 @@ print(text.substitute(os.environ, ARGS=json.dumps(sys.argv[2:])), end="")' "$HER
 }
 
 xpk() {
-  local type=$CHIP-$SHAPE capacity=--$CAPACITY
-  case $CHIP in
-    v5e) type=v5litepod-$CHIPS ;;
-    v6e) type=v6e-$CHIPS ;;
-    v4 | v5p) type=$CHIP-$((2 * CHIPS)) ;;
-  esac
+  local type=${CHIP/v5e/v5litepod}-$SHAPE capacity=--$CAPACITY
   [[ $CAPACITY != flex-start ]] || capacity=--flex
   local command=diva-train-until-done
   [[ ${SELFCHECK:-1} -eq 1 ]] || command="env SELFCHECK=0 $command"
@@ -79,8 +74,9 @@ case $WHAT in
   pool) pool ;;
   render) render ;;
   launch)
+    MANIFEST=$(render) # Before the run is stopped.
     run kubectl delete jobset "$NAME" --ignore-not-found --cascade=foreground
-    if [[ $DRY_RUN -eq 1 ]]; then render; else render | kubectl apply --filename=-; fi
+    if [[ $DRY_RUN -eq 1 ]]; then echo "$MANIFEST"; else kubectl apply --filename=- <<<"$MANIFEST"; fi
     ;;
   logs) run kubectl logs --follow --tail=100 "$SELECTOR,batch.kubernetes.io/job-completion-index=0" ;;
   status) run kubectl get jobset,pods "$SELECTOR" --output=wide ;;
