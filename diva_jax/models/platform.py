@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+Array = jax.Array
+LANES = 128  # Tiles are multiples of the number of lanes of a vector register.
 # Names of kernels, or None for all of them.
 _KERNELS: contextvars.ContextVar[frozenset[str] | None] = contextvars.ContextVar("kernels", default=None)
 
@@ -43,15 +45,9 @@ def traced_for(mesh=None) -> str:
     return "" if device is None else device.platform
 
 
-def split(x: jax.Array, count: int) -> jax.Array:
+def split(x: Array, count: int) -> Array:
     """[B, ...] -> [count, B/count, ...]: part p has images p, p + count, ..., so that no image changes its device."""
     return x.reshape(x.shape[0] // count, count, *x.shape[1:]).swapaxes(0, 1)
-
-
-Array = jax.Array
-
-LANES = 128  # Tiles are multiples of the number of lanes of a vector register.
-NN = (((1,), (0,)), ((), ()))  # x @ y
 
 
 def tile(n: int, most: int, unit: int = LANES) -> int:
@@ -59,8 +55,8 @@ def tile(n: int, most: int, unit: int = LANES) -> int:
     return max(t for t in range(unit, min(n, most) + 1, unit) if n % t == 0)
 
 
-def dot(x: Array, y: Array, dims=NN) -> Array:
-    """A product inside of a kernel, with a float32 result; float32 inputs, as in tests, are multiplied in float32."""
+def dot(x: Array, y: Array, dims=(((1,), (0,)), ((), ()))) -> Array:
+    """A product in a kernel, by default x @ y, in float32; float32 inputs, as in tests, are multiplied in float32."""
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
     return jax.lax.dot_general(x, y, dims, precision=precision, preferred_element_type=jnp.float32)
 

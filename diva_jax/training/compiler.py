@@ -35,8 +35,12 @@ AUTO, XLA, OWN = "auto", "xla", "own"
 _MAX_CACHE_BYTES = 10 * 2**30  # The compiled programs of all runs of a user have at most this size.
 _MAX_EXECUTABLE_BYTES = 2**33
 _REFUSED = re.compile(r"No such compile option: '([^']*)'|Failed to parse '[^']*' into flag (\w+)")
-_SOURCES = [Path(platform.__file__).with_name(f"{name}.py") for name in ("kernels", "platform")]
+_SOURCES = [Path(platform.__file__).with_name(f"{name}.py") for name in ("attention", "kernels", "platform")]
 _CHECK = "python -m diva_jax.selfcheck --config=FILE --workdir=DIR"
+# In a lowered kernel are the names of its source files. Without the folders that the packages are installed in, the
+# steps of `aot` and `main` are the same on any two machines.
+_FOLDERS = jax.config.jax_hlo_source_file_canonicalization_regex or "^.*/(?=(diva_jax|jax)/)"
+jax.config.update("jax_hlo_source_file_canonicalization_regex", _FOLDERS)
 
 
 def parse(text: str) -> dict[str, str]:

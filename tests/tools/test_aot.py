@@ -4,6 +4,7 @@ import collections
 import json
 import os
 import re
+import runpy
 from types import SimpleNamespace
 from unittest import mock
 
@@ -20,7 +21,7 @@ from places import ROOT
 from diva_jax import aot, config
 from diva_jax.common import config_files
 from diva_jax.costs import hlo
-from diva_jax.models import attention, backbones
+from diva_jax.models import attention, backbones, kernels
 from diva_jax.models.diffusion import blocks
 from diva_jax.models.layers import Keys, Layers
 from diva_jax.training import compiler, partition
@@ -162,34 +163,25 @@ def test_the_batch_of_the_config_or_of_the_flag():
     refused("7 devices", aot.with_batch, c, 7, None)
 
 
-FAMILY = [f"{name}_vitl14" for name in ("unclip", "genhancer", "dcr", "kuea", "smartclip", "judge", "comclip", "salm")]
-REPORTS = ROOT / "bench" / "tpu"
+REPORTS, RUNS = ROOT / "bench/tpu", runpy.run_path(str(ROOT / "bench/tpu.py"))["RUNS"]
 
 
-def test_the_reports_are_of_the_compiler_that_pods_install():
-    """The versions in bench/tpu are those of the constraints, for the Python of tpu/vm.sh and tpu/gke/Dockerfile; those
-    for TPU7x are of the other lane."""
+@pytest.mark.parametrize("name", sorted(file.stem for file in REPORTS.glob("*.json")))
+def test_reports_are_of_the_configs_and_of_the_compiler_that_pods_install(name):
+    """Versions are those of the constraints, for the Python of tpu/vm.sh and tpu/gke/Dockerfile, or, for a TPU7x, of
+    the other lane; the program fits."""
     pods = re.search(r"uv venv --python (\S+)", (ROOT / "tpu/vm.sh").read_text())[1]
     assert f"FROM python:{pods}-slim" in (ROOT / "tpu/gke/Dockerfile").read_text()
+    python = {"python_version": "3.13" if "tpu7x" in name else pods}
     lines = [Requirement(line) for line in (ROOT / "constraints.txt").read_text().splitlines() if line[0] != "#"]
-    for file in REPORTS.glob("*.json"):
-        python = "3.13" if "tpu7x" in file.name else pods
-        wanted = {r.name: r.specifier for r in lines if not r.marker or r.marker.evaluate({"python_version": python})}
-        made = json.loads(file.read_text())["versions"]
-        assert {name: f"=={version}" for name, version in made.items()} == {
-            n: str(wanted[n]) for n in ("jax", "libtpu")
-        }, file
-
-
-@pytest.mark.parametrize("name", [n for n in (*backbones.TABLE, *FAMILY) if (REPORTS / f"{n}-v5e-16.json").exists()])
-def test_every_config_fits_sixteen_chips(name):
-    """Checks the stored report of its compilation, which must match the current config."""
-    c = aot.with_batch(config_files.read(CONFIGS / name), 16, None)
+    wanted = {r.name: str(r.specifier) for r in lines if not r.marker or r.marker.evaluate(python)}
+    report, (of, topology, flags) = json.loads((REPORTS / f"{name}.json").read_text()), RUNS[name]
+    assert {n: f"=={version}" for n, version in report["versions"].items()} == {n: wanted[n] for n in ("jax", "libtpu")}
+    c, many = config_files.read(CONFIGS / of), flags == ["--config.accum=1"]
+    assert (report["topology"], report["remat"], report["batch_size"]) == (topology, c.remat, c.batch_size)
+    assert report["accum"] == (1 if many else c.accum) and report["mesh"]["fsdp"] == c.mesh.fsdp
     # 8 is the batch for which the TPU compiler leaves convolutions unchanged.
-    assert name not in backbones.TABLE or c.batch_size // c.accum // 16 == 8
-    report = json.loads((REPORTS / f"{name}-v5e-16.json").read_text())
-    assert report["mesh"] == {"data": 16 // c.mesh.fsdp, "fsdp": c.mesh.fsdp}
-    assert (report["remat"], report["accum"], report["batch_size"]) == (c.remat, c.accum, c.batch_size)
+    assert of not in backbones.TABLE or many or report["per_device_batch"] == 8
     assert report["fits"] and report["needed"] < report["available"]
 
 
@@ -212,8 +204,8 @@ def test_meshes_of_slices_and_libtpu_that_is_missing_or_locked(monkeypatch):
 SLOW = pytest.mark.slow  # Each case compiles a program of its own for a TPU.
 
 
-def compiled(topology, fn, batched, *state):
-    """(FLOPs of the TPU kernels of a program compiled for a slice, those of other products, number of kernels)."""
+def lowered(topology, fn, batched, *state):
+    """A function lowered for a slice, of arrays with these shapes and the arrays of `state`."""
     mesh = partition.make_mesh(config.default().mesh, aot.devices(topology)[2])
 
     def array(shape, *axes):
@@ -223,7 +215,23 @@ def compiled(topology, fn, batched, *state):
     args += jax.tree.map(lambda a: array(a.shape), state)
     # The tests' default precision, "highest", does not support bfloat16.
     with jax.default_matmul_precision("default"), jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        module = hlo.parse(jax.jit(fn).lower(*args).compile().as_text())
+        return jax.jit(fn).lower(*args)
+
+
+def test_a_kernel_is_the_same_wherever_the_package_is_installed(monkeypatch):
+    """So that `main --executables` takes what was compiled on another machine."""
+    texts = []
+    for folder in ("home/me", "opt"):
+        names = {"co_filename": f"/{folder}/diva_jax/models/kernels.py"}
+        monkeypatch.setattr(kernels._forward_kernel, "__code__", kernels._forward_kernel.__code__.replace(**names))
+        jax.clear_caches()
+        texts.append(lowered("v5e:2x2", attention.attention, [(8, 512, 1, 64)] * 3).as_text())
+    assert texts[0] == texts[1] and "tpu_custom_call" in texts[0]
+
+
+def compiled(*program):
+    """(FLOPs of the TPU kernels of a program `lowered` and compiled, those of other products, number of kernels)."""
+    module = hlo.parse(lowered(*program).compile().as_text())
     found = {True: [], False: []}
     for op, c, _ in module.executed():
         found[op.target == "tpu_custom_call"].append(module.flops(op, c))

@@ -310,15 +310,14 @@ def test_auto_takes_what_has_passed_on_this_kind_of_device_a_tpu(capsys, tmp_pat
     assert not capsys.readouterr().out
 
 
-@pytest.mark.parametrize("what", ["version", "kernel"])
-def test_another_version_or_another_kernel_was_not_checked(what, monkeypatch, tmp_path):
+VERSION, SOURCES = (compiler.importlib.metadata, "version", lambda _: "9"), (compiler, "_SOURCES", [Path(__file__)])
+
+
+@pytest.mark.parametrize("changed", [VERSION, SOURCES], ids=["version", "kernel"])
+def test_another_version_or_another_kernel_was_not_checked(changed, monkeypatch):
     compiler.keep_checked(V5E, {HEADS: True})
     assert chosen()
-    if what == "version":
-        monkeypatch.setattr(compiler.importlib.metadata, "version", lambda package: "9")
-    else:
-        (changed := tmp_path / "kernels.py").write_text("changed")
-        monkeypatch.setattr(compiler, "_SOURCES", [changed])
+    monkeypatch.setattr(*changed)
     assert not chosen()
 
 
