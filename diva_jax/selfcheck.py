@@ -131,7 +131,7 @@ def main() -> None:
             return
         log.say(f"\nfor the report of an issue: {'; '.join(table.words)}")
         if table.failed:
-            advice = "config.kernels=auto leaves out the kernels that failed, and config.kernels=xla all of them"
+            advice = "training leaves out kernels that failed (config.kernels=auto), and will fail as other rows did"
             raise RunError(f"{', '.join(table.failed)} failed: report the line above; {advice}")
 
 

@@ -63,7 +63,6 @@ def dot(x: Array, y: Array, dims=(((1,), (0,)), ((), ()))) -> Array:
 
 def by_device(fn: Callable, *arrays: Array, whole: tuple[Array, ...] = ()):
     """Returns fn(*arrays, *whole), each device of the mesh on its own part of the batch: XLA cannot partition a kernel.
-
     The arrays, and the results, are [B, ...]; the size of the mesh divides B; `whole` are weights, on every device."""
     batch = P(jax.sharding.get_abstract_mesh().axis_names)
     specs = (batch,) * len(arrays) + (P(),) * len(whole)

@@ -14,6 +14,7 @@ import json
 import os
 import re
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -64,9 +65,10 @@ def options(setting: str, device: jax.Device) -> dict[str, str] | None:
 
 
 def compiled(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
-    """Compiles a lowered step; a UserError where the compiler refuses an option of `config.compiler_options`."""
+    """Compiles a lowered step, in a thread, since no signal ends the call of the compiler, which may take an hour; a
+    UserError where it refuses an option of `config.compiler_options`."""
     try:
-        return lowered.compile()
+        return ThreadPoolExecutor(1).submit(lowered.compile).result()
     except jax.errors.JaxRuntimeError as e:
         if not (found := _REFUSED.search(str(e))):
             raise
@@ -86,7 +88,7 @@ def kept(workdir: epath.Path | None = None) -> epath.Path:
 
 def use_cache(setting: str, workdir: epath.Path) -> None:
     """Keeps compiled programs in the folder `setting` (`config.compile_cache`), so that a restart need not compile; ""
-    for none. auto is JAX_COMPILATION_CACHE_DIR, or `compiled` in the folder `kept`, of limited size where at home."""
+    for none. auto is `compiled` in the folder `kept`, of limited size on this machine, or JAX_COMPILATION_CACHE_DIR."""
     if not setting:
         return
     if setting != AUTO:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import pickle
+import threading
 from types import SimpleNamespace
 
 import jax
@@ -124,6 +125,11 @@ def test_options_are_the_row_of_the_chip(monkeypatch):
     assert found == [{"a": "1"}, {"b": "2"}, {}] and options("auto") == {}
     for setting in ("auto", "", "xla_tpu_rwb_fusion=false"):
         assert options(setting, "any", "cpu") is None and options(setting, "any", "gpu") is None
+
+
+def test_the_compiler_runs_in_a_thread():
+    """No signal ends a call of it, and a command would end when it has compiled."""
+    assert compiler.compiled(SimpleNamespace(compile=threading.get_ident)) != threading.get_ident()
 
 
 def test_the_form_of_options():

@@ -32,10 +32,6 @@ ENV, SPOT = env(), env(CLUSTER="c", IMAGE="i", BUCKET="2026", NAME="on")
 FLEX = env(CLUSTER="c", IMAGE="i", SPOT="flex-start", TOPOLOGY="tpu7x:2x2x2")
 
 
-def run(script, *flags):
-    return output(launch(TPU / script, *flags))
-
-
 # Scripts, values in place of those of env.example, flags, and what is printed, or the error; names are those that
 # Google gives. Values of the environment may be secrets, which are not printed.
 CASES = json.loads(Path(__file__).with_name("scripts.json").read_text())
@@ -44,7 +40,8 @@ CASES = json.loads(Path(__file__).with_name("scripts.json").read_text())
 @pytest.mark.parametrize("scripts, fields, flags, has, lacks", CASES["printed"])
 def test_what_is_printed(scripts, fields, flags, has, lacks):
     for script in scripts.split():
-        printed = run(script, "--dry-run", *([] if fields is None else [env(**fields)]), *flags)
+        given = [] if fields is None else [env(**fields)]
+        printed = output(launch(TPU / script, "--dry-run", *given, *flags))
         assert not [words for words in has if words not in printed] and not (lacks and lacks in printed), printed
         assert all("--project=a-project" in line for line in re.findall(r"\+ gcloud (?!storage).*", printed))
 
@@ -133,7 +130,7 @@ GKE = [(SPOT, "tpu-v5-lite-podslice", "4x4", 4, "gke-spot"), (FLEX, "tpu7x", "2x
 def test_the_jobset_is_valid_and_restarts_but_not_a_wrong_command(env, chip, shape, machines, capacity):
     """Its jobs by the schema of Kubernetes 1.36, in which no unknown field passes; its own fields are those of
     JobSet's definition (v1alpha2), against which the whole manifest was validated in November 2026."""
-    found = yaml.safe_load(run("gke/run.sh", "render", env))
+    found = yaml.safe_load(output(launch(TPU / "gke/run.sh", "render", env)))
     assert set(found) == {"apiVersion", "kind", "metadata", "spec"}
     assert found["apiVersion"] == "jobset.x-k8s.io/v1alpha2"
     # `run.sh status` asks for what has the label that JobSet gives to jobs and pods alone.
