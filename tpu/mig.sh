@@ -28,13 +28,12 @@ read_topology
 MIG=1
 
 create() {
-  local options=() group=() again="see above, and run $0 delete before you create it again"
+  local options=() again="see above, and run $0 delete before you create it again"
   case $CAPACITY in
     spot) options=(--provisioning-model=SPOT --instance-termination-action=STOP) ;;
     flex-start)
       options=(--provisioning-model=FLEX_START --instance-termination-action=DELETE "--max-run-duration=${MAX_RUN:-7d}")
       options+=(--reservation-affinity=none)
-      group=(--target-size-policy-mode=bulk)
       ;;
   esac
   [[ -z ${SERVICE_ACCOUNT:-} ]] || options+=("--service-account=$SERVICE_ACCOUNT")
@@ -46,8 +45,8 @@ create() {
     "--metadata-from-file=startup-script=$HERE/vm.sh" "${options[@]}" "${PASSED[@]}" ||
     die "the template $NAME was not created: $again"
   run gcloud compute instance-groups managed create "$NAME" "${WHERE[@]}" "--template=$NAME" "--size=$MACHINES" \
-    --default-action-on-vm-failure=do-nothing \
-    "--workload-policy=projects/$PROJECT/regions/$REGION/resourcePolicies/$NAME" "${group[@]}" ||
+    --default-action-on-vm-failure=do-nothing --target-size-policy-mode=bulk \
+    "--workload-policy=projects/$PROJECT/regions/$REGION/resourcePolicies/$NAME" ||
     die "the group $NAME was not created: $again"
 }
 

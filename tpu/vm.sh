@@ -53,10 +53,17 @@ setup() {
   run rm -rf "$ROOT/diva_jax"
   run tar --extract --gzip --file="$ROOT/diva_jax.tar.gz" --directory="$ROOT"
   run install --mode=755 "$ROOT/diva_jax/tpu/vm.sh" "$ROOT/vm.sh"
+  command -v pip >/dev/null || install_pip
   run env PIP_BREAK_SYSTEM_PACKAGES=1 pip install --quiet uv # Which Ubuntu 24.04 otherwise refuses.
   [[ -x $ROOT/venv/bin/python ]] || run uv venv --python 3.11 "$ROOT/venv"
   run uv pip install --python "$ROOT/venv/bin/python" --constraint "$ROOT/diva_jax/constraints.txt" "$ROOT/diva_jax[tpu]"
   [[ -z ${MOUNT:-} ]] || mount_bucket
+}
+
+# Ubuntu's own images have none; at a start, apt may be busy with updates.
+install_pip() {
+  run apt-get --quiet update
+  run apt-get --quiet --yes -o DPkg::Lock::Timeout=600 install python3-pip
 }
 
 mount_bucket() {

@@ -267,12 +267,7 @@ def kernel_flops(op: Op, computation: Computation, side: int = 1) -> int:
 
 # (name, pattern) of an operation's path in the traced program; the first match counts.
 PARTS = (("vae", r"\bvae\b"), ("unet", r"\bunet\b"), ("vision", r"\bvision\b"), ("optimizer", r"\boptimizer\b"))
-KINDS = (
-    ("attention", r"\battention\b"),
-    ("norm", r"\bnorm\b"),
-    ("conv", r"conv_general_dilated"),
-    ("matmul", r"dot_general"),
-)
+KINDS = (("attention", r"\battention\b"), ("norm", r"\bnorm\b"), ("conv", "conv_general"), ("matmul", "dot_general"))
 OTHER = "other"
 SIZES = dict(arguments="argument", outputs="output", aliases="alias", temporaries="temp", code="generated_code")
 

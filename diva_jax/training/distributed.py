@@ -99,9 +99,13 @@ def initialise(join_timeout: float, lost_timeout: float) -> bool:
             heartbeat_timeout_seconds=int(lost_timeout),
         )
     except (ValueError, RuntimeError, OSError) as e:
-        if explicit is None and isinstance(e, ValueError) and "coordinator_address" in str(e):
-            return False  # TPUs, but the metadata describes no slice.
-        raise RunError(f"the processes of this run cannot be found: {e}") from e
+        if explicit or not isinstance(e, ValueError) or "coordinator_address" not in str(e):
+            raise RunError(f"the processes of this run cannot be found: {e}") from e
+        # TPUs, but the metadata describes no slice to jax; libtpu may have found one.
+        if (count := jax.process_count()) > 1:
+            advice = f"set JAX_COORDINATOR_ADDRESS=HOST:PORT, JAX_NUM_PROCESSES={count} and JAX_PROCESS_ID on each"
+            raise UserError(f"jax does not find the addresses of the {count} machines of this slice: {advice}") from e
+        return False
     finally:
         timer.cancel()
     return True

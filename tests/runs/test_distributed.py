@@ -149,8 +149,8 @@ def test_a_preempted_jobset_starts_again_and_finishes(files, tmp_path):
 
 
 # Reads after which data stalls, lines after which a signal is sent, exit code, what is printed.
-STALLS = [(30, {"stalled", "step 1/"}, signal.SIGTERM, 0, "SIGTERM: saved step")]
-STALLS += [(30, {"stalled", "step 1/"}, signal.SIGINT, 130, "SIGINT: saved step")]
+SIGNALS = ((signal.SIGTERM, 0), (signal.SIGINT, 130))
+STALLS = [(30, {"stalled", "step 1/"}, sig, code, f"{sig.name}: saved step") for sig, code in SIGNALS]
 STALLS += [(30, set(), None, 1, "config.data.stall_timeout=3")]
 STALLS += [(10**6, {"outside.rotations: "}, signal.SIGTERM, 143, "SIGTERM: ")]  # The weights are loaded next.
 
@@ -185,11 +185,16 @@ def test_variables_that_do_not_fit(monkeypatch, variables):
     refused(VARIABLES[variables], distributed.initialise, 1, 10)
 
 
-def test_alone_on_a_machine_nothing_is_joined(monkeypatch):
+def test_alone_on_a_machine_nothing_is_joined_but_others_are_not_ignored(monkeypatch):
     monkeypatch.setattr(jax.distributed, "initialize", lambda **_: pytest.fail("asked for others"))
     for name in ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS"):
         monkeypatch.setenv(name, "1")
     assert distributed.initialise(1, 10) is False
+    monkeypatch.setattr(distributed, "_in_cluster", lambda: True)
+    monkeypatch.setattr(jax.distributed, "initialize", mock.Mock(side_effect=ValueError("no coordinator_address")))
+    assert distributed.initialise(9, 10) is False
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    refused("JAX_NUM_PROCESSES=2", distributed.initialise, 9, 10)
 
 
 def test_metrics_on_a_full_disk_stop_the_run(files, tmp_path, monkeypatch):

@@ -127,8 +127,7 @@ def test_options_are_the_row_of_the_chip(monkeypatch):
         assert options(setting, "any", "cpu") is None and options(setting, "any", "gpu") is None
 
 
-def test_the_compiler_runs_in_a_thread():
-    """No signal ends a call of it, and a command would end when it has compiled."""
+def test_the_compiler_runs_in_a_thread_so_that_signals_end_commands():
     assert compiler.compiled(SimpleNamespace(compile=threading.get_ident)) != threading.get_ident()
 
 

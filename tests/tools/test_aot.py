@@ -90,8 +90,7 @@ def test_report(toy, tmp_path):
     facts = json.loads((tmp_path / "saved" / "1-tune.json").read_text())["facts"]
     assert facts["libtpu"] == row["versions"]["libtpu"] and facts["the devices"] == "4 x TPU v5 lite"
     assert row["images_per_s"] == pytest.approx(1e3 * batch / row["step_ms"])
-    text = aot.text_of(row)
-    assert "to spare" in text and "all-reduce: 1 per step" in text and "unet backward" in text
+    assert all(words in aot.text_of(row) for words in ("to spare", "all-reduce: 1 per step", "unet backward"))
 
 
 def test_rates_of_a_chip_with_two_devices(toy):
@@ -102,12 +101,12 @@ def test_rates_of_a_chip_with_two_devices(toy):
     assert "4 chips, 8 devices" in aot.text_of(row)
 
 
-def failing(said):
-    return mock.Mock(side_effect=jax.errors.JaxRuntimeError(said))
-
-
 def test_programs_that_do_not_fit_or_cannot_be_compiled(toy, monkeypatch):
     """One that jaxlib cannot read is as vitl14's step for a tpu7x:2x2x4; a kernel beyond VMEM is no lack of memory."""
+
+    def failing(said):
+        return mock.Mock(side_effect=jax.errors.JaxRuntimeError(said))
+
     with monkeypatch.context() as patch:
         patch.setattr(Toy, "width", 65536)  # Two matrices of 16 GiB.
         row = aot.report(toy, "v5e:2x2")

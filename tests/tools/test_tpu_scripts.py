@@ -40,8 +40,7 @@ CASES = json.loads(Path(__file__).with_name("scripts.json").read_text())
 @pytest.mark.parametrize("scripts, fields, flags, has, lacks", CASES["printed"])
 def test_what_is_printed(scripts, fields, flags, has, lacks):
     for script in scripts.split():
-        given = [] if fields is None else [env(**fields)]
-        printed = output(launch(TPU / script, "--dry-run", *given, *flags))
+        printed = output(launch(TPU / script, "--dry-run", *([] if fields is None else [env(**fields)]), *flags))
         assert not [words for words in has if words not in printed] and not (lacks and lacks in printed), printed
         assert all("--project=a-project" in line for line in re.findall(r"\+ gcloud (?!storage).*", printed))
 
@@ -75,10 +74,9 @@ def test_commands_that_fail(tmp_path, script, fields, flags, fails, code, said, 
 def test_a_machine_can_be_set_up_again_where_its_start_failed(tmp_path):
     """By tpu/setup.sh, which runs the script that is kept at the start."""
     (boot := tmp_path / "boot").write_text((TPU / "vm.sh").read_text().replace("/opt", str(tmp_path)))
-    boot.chmod(0o755)
     stub(tmp_path / "curl", "echo gs://b/h")
     stub(tmp_path / "gcloud", "exit 3")
-    assert finish(launch(boot, PATH=f"{tmp_path}:{os.environ['PATH']}"))[0] == 3
+    assert finish(launch("bash", boot, PATH=f"{tmp_path}:{os.environ['PATH']}"))[0] == 3
     assert "setup" in output(launch(tmp_path / "diva_jax/vm.sh", "--help"))
 
 
