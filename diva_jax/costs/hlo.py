@@ -268,7 +268,6 @@ def kernel_flops(op: Op, computation: Computation, side: int = 1) -> int:
 # (name, pattern) of an operation's path in the traced program; the first match counts.
 PARTS = (("vae", r"\bvae\b"), ("unet", r"\bunet\b"), ("vision", r"\bvision\b"), ("optimizer", r"\boptimizer\b"))
 KINDS = (("attention", r"\battention\b"), ("norm", r"\bnorm\b"), ("conv", "conv_general"), ("matmul", "dot_general"))
-OTHER = "other"
 SIZES = dict(arguments="argument", outputs="output", aliases="alias", temporaries="temp", code="generated_code")
 
 
@@ -309,7 +308,7 @@ def analyse(text: str, chip: Chip) -> dict:
             continue
         # From its path, such as "jit(step)/.../transpose(jvp(unet))/norm/mul"; a fusion has that of its last operation.
         path = computation.origin(op)
-        part, kind = (next((name for name, p in table if re.search(p, path)), OTHER) for table in (PARTS, KINDS))
+        part, kind = (next((name for name, p in table if re.search(p, path)), "other") for table in (PARTS, KINDS))
         if part in ("unet", "vision"):
             part += " backward" if "transpose(" in path else " forward"
         work = "kernel_flops" if op.kind == "custom-call" else "flops"

@@ -259,14 +259,17 @@ def test_collectives_and_checkpoint_on_eight_devices(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("loss", [1.5, float("nan")])
 def test_a_step_that_is_late_fails_or_is_not_finite(loss, monkeypatch):
-    """With the arrays of a program that is one product."""
+    """With the arrays of a program that is one product, on a TPU of whose program jaxlib has no text."""
     mesh = partition.make_mesh(config.MeshOptions())
     arrays = {"w": jax.ShapeDtypeStruct((5, 3), jnp.bfloat16, sharding=jax.sharding.NamedSharding(mesh, P()))}
     given = dict(abstract_frozen=dict, abstract_batch=lambda: arrays, init_state=lambda arrays: arrays["w"])
-    p = SimpleNamespace(arrays=arrays, stages=["only"], config=config.default("vitl14"), mesh=mesh, **given)
-    step = device_checks.Step(p)
+    tpu = SimpleNamespace(platform="tpu", device_kind="TPU7x", memory_stats=dict)
+    given |= dict(stages=["only"], config=config.default("vitl14"), mesh=SimpleNamespace(local_devices=[tpu]))
+    step = device_checks.Step(SimpleNamespace(arrays=arrays, **given))
     step._step = SimpleNamespace(pace=0)
-    step._compiled = step._pool.submit(lambda: lambda s, *_: (s, {"loss": jnp.sum(s) * 0 + loss}))
+    compiled = mock.Mock(side_effect=lambda s, *_: (s, {"loss": jnp.sum(s) * 0 + loss}))
+    compiled.as_text = mock.Mock(side_effect=jax.errors.JaxRuntimeError("INTERNAL"))
+    step._compiled = step._pool.submit(lambda: compiled)
     verdict, said, seconds = step.check(60)
     assert verdict == (OK if loss == 1.5 else FAILED) and "640 images" in said and seconds > 0
     step._compiled = device_checks.Future()
