@@ -12,6 +12,10 @@ die() {
   exit 2
 }
 
+# In older ones, an empty list is an unset variable.
+((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] >= 404)) ||
+  die "this is bash $BASH_VERSION: install 4.4 or newer, e.g. with brew install bash, and start the script with it"
+
 # Prints the comment at the top of the calling script as its help.
 usage() {
   sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"

@@ -278,9 +278,7 @@ def alarms(inputs: Inputs) -> list[Finding]:
                 out += _noise(label, {m: s.known_interval or s.runs_interval for m, s in scores.items()}, kind)
         out += _comparisons(inputs.results)
         out += [Finding("About the weights", f"{note}.", "doubt") for note in inputs.results.notes]
-    lost = (
-        "is not here (or another run is), so that its curves are missing: start the report where evaluate was started"
-    )
+    lost = "is not here (or another run is), so its curves are missing: start the report where evaluate was started"
     out += [Finding("A run was not found", f"{source} {lost}.", "doubt") for source in inputs.missing]
     for run in inputs.runs:
         ends = {m: [run.last(f"feedback/{m}/{end}") for end in ("low", "high")] for m in _NOISE_METRICS}

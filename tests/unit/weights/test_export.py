@@ -59,8 +59,8 @@ def test_what_the_hub_and_its_reader_get(clip):
     assert '"hf-hub:me/tuned"' in text and "runs/tuned" not in text
     text = publish.card(clip, EVAL_CLIP, "pt", "float32", options, path="runs/tuned")
     assert 'tower = hf_hub_download("me/tuned", "vision_tower.pth")' in text
-    text = publish.card(clip, EVAL_CLIP, "pt", "float32", path="runs/tuned")
-    assert '\ntower = "runs/tuned/vision_tower.pth"\n' in text
+    text = publish.card(clip, EVAL_CLIP, "pt", "float32", path='é "\\n"')  # A backslash and an n.
+    assert '\ntower = "é \\"\\\\n\\"/vision_tower.pth"\n' in text
     data = ModelCard(text).data
     assert (data.license, data.base_model, data.pipeline_tag) == ("other", None, "image-feature-extraction")
     assert "<details>" not in text
