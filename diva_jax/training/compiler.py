@@ -206,8 +206,9 @@ def load_executable(folder: epath.Path, index: int, lowered: jax.stages.Lowered,
         here = executable_facts(lowered, program)
         if other := differences(saved.facts, here):
             if saved.facts | {"the step": ""} == here | {"the step": ""}:
-                fields = differences(saved.config, json.loads(program.config.to_json()))
-                other = [f"config.{field}" for field in fields] or ["the code or the version of a library"]
+                # `aot` has saved `own` in place of `auto`.
+                fields = differences(saved.config, json.loads(program.config.to_json()), ignored=("kernels",))
+                other = [f"config.{f}" for f in fields] or ["the kernels chosen here, the code or a library's version"]
             raise UserError(f"{file}.bin is of another step: {listing(other, 3)}")
         data = json_files.read_bytes(f"{file}.bin", saved.size)
         if hashlib.sha256(data).hexdigest() != saved.sha256:

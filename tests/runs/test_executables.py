@@ -86,7 +86,7 @@ CHANGES = [
     (lambda saved, data: HOSTILE, "has not the checksum"),
     (lambda saved, data: data[:-1] + bytes([data[-1] ^ 1]), "has not the checksum"),
     (lambda saved, data: data + b"0", "more than the"),
-    (consistent, "of another step: the code"),
+    (consistent, "of another step: the kernels chosen here, the code or"),
     (lambda saved, data: saved["facts"].update(jax="0.1"), "jax ('0.1' there, '"),
     (lambda saved, data: saved.update(size=-1), "size is -1"),
     (lambda saved, data: saved.pop("facts") and None, "no 'facts'"),
