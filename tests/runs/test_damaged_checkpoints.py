@@ -237,7 +237,7 @@ def test_an_export(tmp_path, limited):
 
 def test_an_evaluation_prints_its_scores(tmp_path, monkeypatch, limited, capsys):
     found = samples.write_evaluation(tmp_path / "other", [], drift=samples.drift_task())
-    monkeypatch.setattr(api.evaluator, "run", lambda *_: (found, [{"text": "a" * 200_000}]))
+    monkeypatch.setattr(api.evaluator, "run", lambda *_: (found, [{"text": "a" * 200_000}], []))
     limited()
     says = "out cannot be written .File too large.: use a folder with write access and room"
     refused(says, api.evaluate, config.default(), "hub/a", {"drift": "a"}, out=tmp_path / "out")
