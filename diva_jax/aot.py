@@ -3,7 +3,7 @@
     python -m diva_jax.aot --config=configs/vitl14.py --topology=v5e:4x4 [--per-device-batch=8] [--search] [--save=DIR]
 
 The step of training is lowered from shapes. It needs libtpu, the TPU compiler, alone: `pip install -e '.[tpu]'`. A
-full-size config took two to 75 minutes on two cores (docs/TPU.md) and 5 to 8 GB; --search compiles several times.
+full-size config took two to 95 minutes on two cores (docs/TPU.md) and 5 to 10 GB; --search compiles several times.
 """
 
 import collections
