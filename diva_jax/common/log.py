@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 import types
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, TextIO
 
@@ -25,12 +26,19 @@ _early: list[str] = []  # What was said before there was a file.
 _file: TextIO | None = None
 
 
+class Bar(tqdm):
+    """A bar around which `say` writes. The list of plain tqdm has bars of other libraries as well, and fails its reader
+    where one of them is collected as garbage at that moment."""
+
+    _instances = weakref.WeakSet()
+
+
 def say(*parts) -> None:
     """Prints on process 0, above a progress bar, and writes the same to the log file, each line with the time."""
     if jax.process_index() > 0:
         return
     text = printable(" ".join(map(str, parts)))
-    tqdm.write(text, sys.stdout)
+    Bar.write(text, sys.stdout)
     sys.stdout.flush()
     now = datetime.datetime.now().isoformat(sep=" ", timespec="seconds")
     lines = [f"{now}  {line}\n" for line in text.splitlines()]
@@ -49,16 +57,16 @@ def warn(message: str, *values) -> None:
 say_once = functools.cache(say)  # Says a text the first time only.
 
 
-def progress(what: str, total: int, unit: str = "steps", every: float = 20.0, initial: int = 0) -> tqdm:
+def progress(what: str, total: int, unit: str = "steps", every: float = 20.0, initial: int = 0) -> Bar:
     """A tqdm of `total` items with the time that is left: a bar on a terminal, otherwise a line every so many seconds;
     nothing except on process 0. `update(n)` counts items and `close()` removes the bar."""
     shown = dict(desc=what, total=total, initial=initial, unit=unit, leave=False, disable=jax.process_index() > 0)
     if sys.stdout.isatty():
-        return tqdm(file=sys.stdout, **shown)
+        return Bar(file=sys.stdout, **shown)
     # Each state of the bar is a line; without a position, a bar in another one would move the cursor up.
     lines = types.SimpleNamespace(write=lambda text: text.strip() and say(text.strip()), flush=lambda: None)
     line = "{desc}: {n_fmt}/{total_fmt} {unit}, {remaining} left"
-    return tqdm(file=lines, bar_format=line, mininterval=every, miniters=1, delay=every, position=0, **shown)
+    return Bar(file=lines, bar_format=line, mininterval=every, miniters=1, delay=every, position=0, **shown)
 
 
 @contextlib.contextmanager
@@ -96,8 +104,7 @@ def now() -> str:
 def describe() -> dict[str, Any]:
     """Returns {"versions": package -> version, "devices": such as "8 x TPU v5e"}; the devices of all processes."""
     devices = jax.devices()
-    packages = ("jax", "jaxlib", "flax", "numpy", "pillow", "transformers")
-    versions = {package: importlib.metadata.version(package) for package in packages}
+    versions = {p: importlib.metadata.version(p) for p in ("jax", "jaxlib", "flax", "numpy", "pillow", "transformers")}
     return {
         "versions": {"diva_jax": __version__, "python": platform.python_version()} | versions,
         "devices": f"{len(devices)} x {devices[0].device_kind}",

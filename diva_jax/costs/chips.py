@@ -21,8 +21,8 @@ from diva_jax.common.json_files import packaged
 
 class Chip(NamedTuple):
     """One device of JAX: an accelerator chip, or one of the two of a TPU7x; `kind` is its name, `device.device_kind`.
-    `flops` is the peak bf16 rate, a multiply-add counted as two [FLOP/s], `hbm_bandwidth` the peak [bytes/s]; of `hbm`
-    bytes, `usable` are available to a program, as the compiler reports it when one does not fit. Of TPUs alone: the
+    `flops` is the peak bf16 rate, a multiply-add counted as two [FLOP/s], `hbm_bandwidth` the peak [bytes/s]; `usable`
+    bytes of memory are available to a program, as the compiler reports it when one does not fit. Of TPUs alone: the
     `clock` of the cycles that the compiler estimates [Hz]; `ici`, the rate at which a chip can send over all its links
     together [bytes/s]; `wrap`, a multiple of which an axis has wrap-around links, with three axes only where all are
     multiples; the sides of the square matrix units [elements]; `axes` of a slice; devices `per_chip`; `options` of
@@ -32,7 +32,6 @@ class Chip(NamedTuple):
     kind: str
     flops: float
     hbm_bandwidth: float
-    hbm: int
     usable: int = 0
     clock: float = 0.0
     ici: float = 0.0

@@ -12,10 +12,8 @@ import zipfile
 from collections.abc import Sequence
 from typing import Annotated, NamedTuple
 
-import jax
 import numpy as np
 import pydantic
-from tqdm import tqdm
 
 from diva_jax.common import log, paths
 from diva_jax.common.errors import UserError, explained, listing
@@ -187,10 +185,11 @@ def _index(shards: Sequence[str], cache_dir: str | None) -> _Index:
             cached = os.path.join(cache_dir, f"tar_index_{hashlib.sha256(facts).hexdigest()[:20]}.npz")
             if index := _load(cached, len(shards)):
                 return index
-        scanned = pool.map(_index_shard, range(len(shards)), shards)
-        # The bar appears where indexing takes more than ten seconds.
-        shown = dict(disable=jax.process_index() > 0, delay=10, mininterval=10)
-        parts = list(tqdm(scanned, "indexing tar shards", len(shards), **shown))
+        parts = []
+        with log.progress("indexing tar shards", len(shards), "shards", every=10) as progress:
+            for part in pool.map(_index_shard, range(len(shards)), shards):
+                parts.append(part)
+                progress.update()
     rows, before = np.concatenate([part.rows for part in parts]), np.cumsum([0, *(len(p.names) for p in parts[:-1])])
     rows["name_end"] += np.repeat(before, [len(part.rows) for part in parts])
     notes = [entry for part in parts for entry in json.loads(str(part.notes))]

@@ -14,8 +14,8 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from PIL import Image
-from tqdm import tqdm
 
+from diva_jax.common import log
 from diva_jax.common.errors import RunError, UserError
 from diva_jax.data import files, images
 from diva_jax.data.preprocess import normalise, to_float
@@ -181,8 +181,7 @@ class Towers:
             return pixels, patch_weights(readout, spec.patches, i, seeds, self.settings.seed)
 
         out, step = [], functools.partial(self._encode_images, arrays, readout=readout)
-        # A bar appears after half a minute.
-        with tqdm(total=count, unit=" images", delay=30, mininterval=30, disable=jax.process_index() > 0) as progress:
+        with log.progress("encoding", count, "images", every=30) as progress:
             for embeddings in self.outputs(step, load, count, *like):
                 out.append(embeddings)
                 progress.update(len(embeddings["pooled"]))

@@ -160,6 +160,6 @@ class Progress:
             log.say(
                 f"step {step}/{self._total}  loss {row['loss']:.4f}  grad {row['grad_norm']:.3g}  lr {row['lr']:.3g}  "
                 f"{row['images_per_s']:.1f} images/s{mfu}  data wait {100 * row['data_wait']:.0f}%  "
-                f"ETA {log.tqdm.format_interval(elapsed / len(self._window) * (self._total - step))}"
+                f"ETA {log.Bar.format_interval(elapsed / len(self._window) * (self._total - step))}"
             )
         self._window, self._waited, self._window_start = [], 0.0, now

@@ -212,12 +212,11 @@ def text_context(
             graph, empty = nnx.split(layers.abstract(lambda rngs: TextEncoder(config, rngs=rngs)))
             encoder, found = nnx.merge(graph, part.fill(empty)), []
             run = nnx.jit(jax.default_matmul_precision("highest")(lambda m, *args: m(*args)))
-            progress = log.progress("encoding prompts", len(prompts), "texts")
-            for first in range(0, len(prompts), _PROMPTS_AT_ONCE):
-                inputs = map(jnp.asarray, tokenizer.encode(prompts[first : first + _PROMPTS_AT_ONCE]))
-                found.append(np.asarray(run(encoder, *itertools.islice(inputs, 2 if mask_padding else 1))))
-                progress.update(len(found[-1]))
-            progress.close()
+            with log.progress("encoding prompts", len(prompts), "texts") as progress:
+                for first in range(0, len(prompts), _PROMPTS_AT_ONCE):
+                    inputs = map(jnp.asarray, tokenizer.encode(prompts[first : first + _PROMPTS_AT_ONCE]))
+                    found.append(np.asarray(run(encoder, *itertools.islice(inputs, 2 if mask_padding else 1))))
+                    progress.update(len(found[-1]))
             return np.concatenate(found)
 
         states = Tensor((len(prompts), tokens, config.width), np.dtype(np.float32), read)

@@ -76,25 +76,24 @@ def experiment(
     if not wanted:
         return rows
     examiner, tuners = Examiner(blindness.Tests.make(tests, pairs)), {}
-    bar = progress("experiment", len(wanted), "runs", every=0)
-    for arm, seed in wanted:
-        say(f"{arm}, seed {seed}")
-        if arm == "untuned":
-            measured = [(0, {}, 0.0)]
-        else:
-            if arm not in tuners:
-                tuners[arm] = Tuner(found[arm], budget, out)
-            measured = tuners[arm].run(seed)
-        for after, towers, loss in measured:
-            drift = examiner.drift(towers)
-            rows.append(row(arm, seed, after, about, examiner(towers), loss=loss, **{DRIFT: drift}))
-            with open(out / RESULTS, "a", encoding="utf-8") as f:
-                f.write(json.dumps(rows[-1]) + "\n")
-            scores = {e.title: e.score(comparison.found(rows[-1])) for e in ENDPOINTS.values()}
-            shown = ", ".join(f"{title} {score:.1f}" for title, score in scores.items())
-            say(f"  after {after} images: {shown}, drift {drift:.4f}")
-        bar.update()
-    bar.close()
+    with progress("experiment", len(wanted), "runs", every=0) as bar:
+        for arm, seed in wanted:
+            say(f"{arm}, seed {seed}")
+            if arm == "untuned":
+                measured = [(0, {}, 0.0)]
+            else:
+                if arm not in tuners:
+                    tuners[arm] = Tuner(found[arm], budget, out)
+                measured = tuners[arm].run(seed)
+            for after, towers, loss in measured:
+                drift = examiner.drift(towers)
+                rows.append(row(arm, seed, after, about, examiner(towers), loss=loss, **{DRIFT: drift}))
+                with open(out / RESULTS, "a", encoding="utf-8") as f:
+                    f.write(json.dumps(rows[-1]) + "\n")
+                scores = {e.title: e.score(comparison.found(rows[-1])) for e in ENDPOINTS.values()}
+                shown = ", ".join(f"{title} {score:.1f}" for title, score in scores.items())
+                say(f"  after {after} images: {shown}, drift {drift:.4f}")
+            bar.update()
     return rows
 
 

@@ -1,6 +1,5 @@
 """Tunes the world's CLIP in one process: one compiled program per arm, run with several seeds."""
 
-import contextlib
 import dataclasses
 import io
 from collections.abc import Iterator, Mapping
@@ -63,7 +62,7 @@ def trained(
     p, losses = steps.program, []
     state, frozen, end = p.init_state(arrays), {n: arrays[n] for n in p.abstract_frozen()}, p.stages[-1].end
     source = batches(p.config, p.objective.inputs, p.config.seed, end)
-    with contextlib.closing(log.progress("  training", end)) as bar:
+    with log.progress("  training", end) as bar:
         for _, after, values in train_steps(steps, state, frozen, source.__next__, 0, end):
             state = after
             losses.append(values["loss"])

@@ -115,8 +115,8 @@ class Judge(Choice):
                     asked.setdefault(image, {-1: None}).update(dict.fromkeys(of_texts))
         arrays, _ = workdirs.initial_arrays(self.program, every_source=False)
         found, numbers, put = {}, list(asked), partial(encode.spread, mesh=self.mesh)
-        progress = log.progress("judging", sum(map(len, asked.values())), "texts of images")
-        with ThreadPoolExecutor(files.THREADS) as pool:
+        bar = log.progress("judging", sum(map(len, asked.values())), "texts of images")
+        with bar as progress, ThreadPoolExecutor(files.THREADS) as pool:
             for first in range(0, len(numbers), batch):
                 here = numbers[first : first + batch]
                 padded = here + here[:1] * (batch - len(here))
@@ -127,7 +127,6 @@ class Judge(Choice):
                     errors = np.asarray(self._errors(arrays, latents, put(self._ids[row]), keys))
                     found |= {(i, t): float(e) for i, t, e in zip(here, row, errors, strict=False)}
                     progress.update(sum(slot < len(t) for t in texts[: len(here)]))
-        progress.close()
         return found
 
     def answer(self, model):

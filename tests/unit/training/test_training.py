@@ -1,6 +1,7 @@
 """Trainable tables, meshes, schedules and optimizers, runs that are given more steps; rows and progress of a run."""
 
 import contextlib
+import gc
 import io
 import itertools
 import json
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 import small
 from helpers import failed, refused, rows
+from tqdm import tqdm
 
 from diva_jax import config, objectives
 from diva_jax.common import log
@@ -194,21 +196,41 @@ class Terminal(io.StringIO):
 
 
 def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere(monkeypatch, capsys):
-    with (
-        contextlib.closing(log.progress("runs", 2, every=0.0)),
-        contextlib.closing(log.progress("counting", 4, "items", every=0.0)) as bar,
-    ):
+    with log.progress("runs", 2, every=0.0), log.progress("counting", 4, "items", every=0.0) as bar:
         bar.update(3)
     out = capsys.readouterr().out
     assert out.splitlines()[-1].startswith("counting: 3/4 items, ") and "\x1b" not in out
-    with contextlib.closing(log.progress("counting", 4, "items", every=3600.0)) as bar:
+    with log.progress("counting", 4, "items", every=3600.0) as bar:
         bar.update(3)
     assert capsys.readouterr().out == ""
     monkeypatch.setattr(sys, "stdout", terminal := Terminal())
-    with contextlib.closing(log.progress("counting", 4, "items")) as bar:
+    with log.progress("counting", 4, "items") as bar:
         log.say("a message")
         bar.update(3)
     assert "counting:   0%" in terminal.getvalue() and "a message\n" in terminal.getvalue()
+
+
+class Collecting(Terminal):
+    def __eq__(self, other):
+        """`tqdm.write` compares each bar's file with this one."""
+        gc.collect()
+        return False
+
+
+def test_a_message_while_bars_of_libraries_are_collected(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", terminal := Collecting())
+    gc.disable()
+    try:
+        for _ in range(6):
+            bar = tqdm(total=3, file=io.StringIO())
+            bar.itself = bar  # Only the collector frees it.
+        log.say("a message")
+    finally:
+        gc.enable()
+    assert "a message\n" in terminal.getvalue()
+
+
+def test_waiting_tells_the_time_until_the_end():
     told = []
     with log.waiting("compiling", told.append, every=0.01):
         while len(told) < 2:
