@@ -21,12 +21,19 @@ for flag in "$@"; do
 done
 [[ -n $WORKDIR ]] || { echo "error: --workdir=FOLDER is missing" >&2 && exit 2; }
 
-# Runs a module with flags, and sets CODE to its exit code, ASKED where a signal came meanwhile.
+# From now on a signal is passed on to the CHILD, if there is one, and noted in ASKED.
+ASKED=0 CHILD=
+pass_on() {
+  ASKED=1
+  [[ -z $CHILD ]] || kill -TERM "$CHILD" 2>/dev/null || true
+}
+trap pass_on TERM INT
+
+# Runs a module with flags, and sets CODE to its exit code.
 python_module() {
   "$PYTHON" -m "$@" &
-  CHILD=$!
-  trap 'ASKED=1; kill -TERM "$CHILD" 2>/dev/null || true' TERM INT
-  CODE=0 ASKED=0
+  CHILD=$! CODE=0
+  [[ $ASKED -eq 0 ]] || pass_on # The signal came before there was a child.
   wait "$CHILD" || CODE=$?
   while kill -0 "$CHILD" 2>/dev/null; do # A signal ended the wait and not the run.
     CODE=0
@@ -40,6 +47,7 @@ if [[ ${SELFCHECK:-1} == 1 ]]; then
   [[ $CODE -eq 0 ]] || echo "note: the selfcheck failed, see above; training is started all the same" >&2
 fi
 python_module diva_jax.main "$@"
+[[ $ASKED -eq 0 || $CODE -lt 128 ]] || exit 75 # Python was still starting, and ended by the signal.
 [[ $CODE -eq 0 ]] || exit "$CODE"
 # Exit code 0 before the last step: this or another process received SIGTERM.
 "$PYTHON" -c 'import sys; from etils import epath; sys.exit(not (epath.Path(sys.argv[1]).expanduser() / "done").exists())' "$WORKDIR" ||

@@ -5,7 +5,6 @@ import os
 import re
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import kubernetes_validate
@@ -107,13 +106,12 @@ def test_the_devices_are_checked_before_every_training(tmp_path, check, ran, che
     assert lines[-2] == f"-m diva_jax.main {' '.join(flags)}"
 
 
-def test_a_signal_during_the_check_starts_no_training(tmp_path):
-    own = stub(tmp_path / "python", "exec sleep 60")
-    process = launch(TPU / "train.sh", "--config=c.py", "--workdir=run", PYTHON=own)
-    while not (tmp_path / "ran").exists():
-        time.sleep(0.02)
-    process.terminate()
-    assert finish(process)[0] == 75 and (tmp_path / "ran").read_text().count("\n") == 1
+@pytest.mark.parametrize("check", ["1", "0"])
+def test_a_signal_ends_what_runs_and_starts_nothing_else(tmp_path, check):
+    """Also where Python has no handler yet, and where the signal comes before the script knows its child."""
+    own = stub(tmp_path / "python", "kill -TERM $PPID\nexec sleep 60")
+    process = launch(TPU / "train.sh", "--config=c.py", "--workdir=run", PYTHON=own, SELFCHECK=check)
+    assert finish(process, 30)[0] == 75 and (tmp_path / "ran").read_text().count("\n") == 1
 
 
 def test_shellcheck():
