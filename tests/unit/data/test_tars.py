@@ -13,6 +13,7 @@ import trees
 from helpers import refused
 from records import encoded, noise, write_tar
 
+from diva_jax.common import log
 from diva_jax.data import tars
 from diva_jax.data.sources import open_source
 from diva_jax.data.tars import TarSource
@@ -176,9 +177,9 @@ def test_a_cache_that_cannot_be_used_only_warns(shards, tmp_path, caplog):
 
 
 def test_indexing_shows_its_progress_on_process_0(shards, monkeypatch, capfd):
-    bar = tars.tqdm
-    monkeypatch.setattr(tars, "tqdm", lambda *args, delay, **kw: bar(*args, **kw))  # At once, not after ten seconds.
+    progress = log.progress
+    monkeypatch.setattr(log, "progress", lambda *args, every: progress(*args, every=0.0))
     for process, shown in ((1, 0), (0, 1)):
         monkeypatch.setattr(jax, "process_index", lambda process=process: process)
         TarSource(shards)
-        assert capfd.readouterr().err.count("indexing tar shards: 100%") == shown
+        assert capfd.readouterr().out.count(f"indexing tar shards: {len(shards)}/{len(shards)} shards") == shown
