@@ -91,7 +91,7 @@ def test_interrupted_run_ends_bit_identical(files, uninterrupted, tmp_path, obje
         assert (saved := interrupted(config, workdir, first, signal.SIGTERM)) >= first
         first = saved + 1
     said = "compares the images of a micro-batch with each other: 8 at once, not the 16 of a step"
-    assert (said in printed) == (objective == "comclip")
+    assert (said in printed) == (objective == "salm")
     saved = interrupted(config, workdir, step := rng.randint(first, TOTAL - 3), signal.SIGKILL)
     assert (f"checkpoint of step {saved}" in commands.output(start(config, workdir))) == (saved is not None)
     ours, want = final_state(config, workdir), final_state(config, whole)

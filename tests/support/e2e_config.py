@@ -9,8 +9,7 @@ from diva_jax.world import models, records
 # SALM's curriculum follows the step, and its teacher is in the checkpoint; the judge's texts, of those records that
 # have any, follow from the position, its draws from the step.
 WORLD = {
-    "comclip": dict(batch_size=16, accum=2),
-    "salm": dict(batch_size=8, salm__teacher="self", ema__decay=0.6),
+    "salm": dict(batch_size=16, accum=2, salm__teacher="self", ema__decay=0.6),
     "judge": dict(batch_size=8, judge__verdict="shuffled", judge__count=3),
 }
 
