@@ -3,6 +3,7 @@
 import errno
 import faulthandler
 import functools
+import gc
 import logging as std_logging
 import os
 import re
@@ -110,9 +111,8 @@ def _reason(e: Exception) -> str:
         if e.flagname.startswith("config."):
             return f"--{e.flagname} changes a field of --config, which is missing: add --config=FILE"
         names = [name for name in flags.FLAGS if not name.startswith("config.")]
-        found = errors.nearest(e.flagname, names) or [
-            f"config.{n}" for n in errors.nearest(e.flagname, fields.flatten(config or {}))
-        ]
+        of_config = errors.nearest(e.flagname, fields.flatten(config or {}))
+        found = errors.nearest(e.flagname, names) or [f"config.{name}" for name in of_config]
         return f"there is no flag --{e.flagname}" + (f"; did you mean --{' or --'.join(found)}?" if found else "")
     said = str(e.args[0]) if isinstance(e, KeyError) and e.args else str(e)
     return functools.reduce(lambda text, pair: re.sub(*pair, text, flags=re.DOTALL), _SAID.items(), said)
@@ -240,6 +240,8 @@ def run(main: Callable[..., None], arguments: Sequence[str] = (), described: Des
     which are named by their line where that is in a module of the user; 130 after SIGINT; 143 after SIGTERM.
     `described` makes config -> its fields, for `--help` with a config."""
     faulthandler.enable()
+    # Tracing makes many objects and little garbage: a quarter of its time would be the search for it.
+    gc.set_threshold(10_000, 20, 20)
     logging.use_absl_handler()
     logging.get_absl_handler().setFormatter(_PlainFormatter())
     # asyncio would log errors of a failed save, which is reported where the save is waited for.

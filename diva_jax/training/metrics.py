@@ -109,10 +109,7 @@ class Progress:
         self._broken = self._skipped = 0
         # Where stdout is no terminal, there are the lines of `_report` alone.
         self._bar = log.progress("training", total, every=math.inf, initial=start)
-
-    def close(self) -> None:
-        """Removes the bar."""
-        self._bar.close()
+        self.close = self._bar.close
 
     def waited(self, seconds: float, decoder: Decoder) -> None:
         """Adds time spent waiting for a batch; `decoder` has counted the images that could not be used so far."""

@@ -80,11 +80,9 @@ def test_what_cannot_be_written_is_an_oserror_or_refused_before_anything_is(tmp_
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
-CLEARED = json.loads(Path(__file__).with_name("urls.json").read_text())
-
-
 def test_secrets_of_urls():
-    assert paths.values_without_secrets({"a": [*CLEARED, 1]}) == {"a": [*CLEARED.values(), 1]}
+    cleared = json.loads(Path(__file__).with_name("urls.json").read_text())
+    assert paths.values_without_secrets({"a": [*cleared, 1]}) == {"a": [*cleared.values(), 1]}
 
 
 @pytest.mark.parametrize("code", [401, 403, 503])

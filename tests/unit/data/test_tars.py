@@ -13,7 +13,6 @@ import trees
 from helpers import refused
 from records import encoded, noise, write_tar
 
-from diva_jax.common import log
 from diva_jax.data import tars
 from diva_jax.data.sources import open_source
 from diva_jax.data.tars import TarSource
@@ -174,12 +173,3 @@ def test_a_cache_that_cannot_be_used_only_warns(shards, tmp_path, caplog):
             assert len(TarSource(shards, str(cache))) == 2 and caplog.text.count("building it again") == times
     (tmp_path / "file").write_text("a file where the folder should be")
     assert len(TarSource(shards, str(tmp_path / "file"))) == 2 and "could not be written" in caplog.text
-
-
-def test_indexing_shows_its_progress_on_process_0(shards, monkeypatch, capfd):
-    progress = log.progress
-    monkeypatch.setattr(log, "progress", lambda *args, every: progress(*args, every=0.0))
-    for process, shown in ((1, 0), (0, 1)):
-        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
-        TarSource(shards)
-        assert capfd.readouterr().out.count(f"indexing tar shards: {len(shards)}/{len(shards)} shards") == shown

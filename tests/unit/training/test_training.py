@@ -188,11 +188,7 @@ def test_sessions_are_listed_and_rows_have_their_time(tmp_path, monkeypatch):
     assert all(s["devices"] == "8 x cpu" and {"diva_jax", "jax", "python"} <= set(s["versions"]) for s in sessions)
 
 
-class Terminal(io.StringIO):
-    encoding = "utf-8"
-
-    def isatty(self):
-        return True
+Terminal = type("Terminal", (io.StringIO,), {"encoding": "utf-8", "isatty": lambda self: True})
 
 
 def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere(monkeypatch, capsys):
@@ -208,26 +204,20 @@ def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere(monkeypatch, capsys
         log.say("a message")
         bar.update(3)
     assert "counting:   0%" in terminal.getvalue() and "a message\n" in terminal.getvalue()
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    assert log.progress("counting", 4).disable
 
 
-class Collecting(Terminal):
-    def __eq__(self, other):
-        """`tqdm.write` compares each bar's file with this one."""
-        gc.collect()
-        return False
-
-
-def test_a_message_while_bars_of_libraries_are_collected(monkeypatch):
-    monkeypatch.setattr(sys, "stdout", terminal := Collecting())
+def test_a_message_while_bars_of_libraries_are_collected(monkeypatch, request):
+    """In `tqdm.write`, which compares the files of all bars with its own."""
+    monkeypatch.setattr(sys, "stdout", type("Collecting", (Terminal,), {"__eq__": lambda *_: gc.collect() < 0})())
+    request.addfinalizer(gc.enable)
     gc.disable()
-    try:
-        for _ in range(6):
-            bar = tqdm(total=3, file=io.StringIO())
-            bar.itself = bar  # Only the collector frees it.
-        log.say("a message")
-    finally:
-        gc.enable()
-    assert "a message\n" in terminal.getvalue()
+    for _ in range(6):
+        bar = tqdm(total=3, file=io.StringIO())
+        bar.itself = bar  # Only the collector frees it.
+    log.say("a message")
+    assert "a message\n" in sys.stdout.getvalue()
 
 
 def test_waiting_tells_the_time_until_the_end():
