@@ -144,8 +144,7 @@ class RunOptions:
     frozen_dtype: str = field("bfloat16", "Frozen parts, such as the U-Net, are held in this dtype.", _DTYPE)
     remat: str = choice(
         ("none", "vision", "all"),
-        "The backward pass computes blocks again, which saves memory: none, those of the vision tower (+3% work), or "
-        "all (+30%).",
+        "To save memory the backward pass computes blocks again: those of the vision tower (+3% work), or all (+30%).",
     )
     trainable: tuple[tuple[str, float], ...] = field(
         (("vision/.*", 1.0), (".*", 0.0)),

@@ -38,25 +38,19 @@ PHOTOGRAPHS: dict[str, str] = packaged(__file__, "photos.json")
 _MIN_SIDE, _MAX_SIDE = 160, 384
 
 
-def _region(image: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """A region of 35% to 90% of the photograph's area, with an aspect ratio of 2:3 to 3:2, scaled down."""
-    region = image.crop(sample_box(rng, *image.size, (0.35, 0.9), (2 / 3, 3 / 2)))
-    side = int(rng.integers(_MIN_SIDE, _MAX_SIDE + 1))
-    region.thumbnail((side, side), Image.Resampling.LANCZOS)
-    return region
-
-
 def examples(count: int = 96, seed: int = 0) -> Iterator[tuple[str, str, bytes]]:
-    """Overlapping regions, one photograph after the other: (file name of the photograph, caption, region as a JPEG);
-    the same bytes always. A UserError without scikit-image."""
+    """Overlapping regions of 35% to 90% of a photograph's area, scaled down, one photograph after the other: (its file
+    name, its caption, the region as a JPEG); the same bytes always. A UserError without scikit-image."""
     spec = importlib.util.find_spec("skimage")
     folder = Path(spec.origin).parent / "data" if spec else Path()
     if not all((folder / name).exists() for name in PHOTOGRAPHS):
         raise UserError("the demo's photographs come with scikit-image, which is missing: pip install -e '.[demo]'")
     images = {name: Image.open(folder / name).convert("RGB") for name in PHOTOGRAPHS}
     for i, name in zip(range(count), itertools.cycle(PHOTOGRAPHS), strict=False):
-        jpeg = io.BytesIO()
-        _region(images[name], np.random.default_rng((seed, i))).save(jpeg, "JPEG", quality=90)
+        rng, jpeg = np.random.default_rng((seed, i)), io.BytesIO()
+        region = images[name].crop(sample_box(rng, *images[name].size, (0.35, 0.9), (2 / 3, 3 / 2)))
+        region.thumbnail([int(rng.integers(_MIN_SIDE, _MAX_SIDE + 1))] * 2, Image.Resampling.LANCZOS)
+        region.save(jpeg, "JPEG", quality=90)
         yield name, PHOTOGRAPHS[name], jpeg.getvalue()
 
 

@@ -145,22 +145,19 @@ def declared(section: Any, prefix: str = "") -> dict[str, Field]:
 
 
 def config_dict(section: Any) -> ConfigDict:
-    """The ConfigDict of a section: of a dataclass with its defaults, of an instance with its values."""
-    return ConfigDict(dataclasses.asdict(section() if isinstance(section, type) else section))
+    """The ConfigDict of a section: of a dataclass with its defaults, of an instance or a mapping with its values."""
+    made = section() if isinstance(section, type) else section
+    return ConfigDict(made if isinstance(made, Mapping) else dataclasses.asdict(made))
 
 
 def default_of(module: ModuleType) -> ConfigDict:
-    """The section of an objective's or a task's module: what its `default()` returns, or the defaults of `SECTION`."""
-    if hasattr(module, "default"):
-        return module.default()
-    return config_dict(module.SECTION) if hasattr(module, "SECTION") else ConfigDict()
+    """The defaults of `SECTION` of an objective's or a task's module; empty for a module without one."""
+    return config_dict(getattr(module, "SECTION", {}))
 
 
 def declared_by(module: ModuleType) -> dict[str, Field]:
-    """The declarations of the section of such a module; one without a `SECTION` may have a table of `RULES`."""
-    own = declared(module.SECTION if hasattr(module, "SECTION") else default_of(module))
-    rules = {name: Rule(holds, sentence) for name, holds, sentence in getattr(module, "RULES", ())}
-    return {name: dataclasses.replace(f, rule=rules.get(name, f.rule)) for name, f in own.items()}
+    """The declarations of `SECTION` of such a module."""
+    return declared(getattr(module, "SECTION", {}))
 
 
 def flatten(tree: Mapping[str, Any], whole: Collection[str] = (), prefix: str = "") -> dict[str, Any]:

@@ -65,11 +65,11 @@ class Difference(_WithInterval):
 
     @property
     def sign(self) -> int:
-        """1 where zero is below the interval over items and, with runs, the one over runs; -1 above both; else 0. Of
-        items, not of runs, a single point counts as an interval too where McNemar's test excludes chance."""
+        """1 where zero is below the interval over items and, with runs, the one over runs; -1 above both; else 0, also
+        where McNemar's test has p >= 0.05. With that test a single point counts as an interval over items too."""
         intervals = [self.interval, self.runs_interval] if self.runs or self.runs_interval else [self.interval]
-        tested = self.mcnemar is not None and self.mcnemar.p < 0.05
-        if not all(ends and ends[0] < ends[1] for ends in intervals[self.all_agree and tested :]):
+        wide = all(ends and ends[0] < ends[1] for ends in intervals[bool(self.all_agree and self.mcnemar) :])
+        if not wide or (self.mcnemar and self.mcnemar.p >= 0.05):
             return 0
         if all(low > 0 for low, _ in intervals):
             return 1

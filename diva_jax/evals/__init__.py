@@ -2,8 +2,6 @@
 
 A task module defines
   `SECTION` (optional): the dataclass of its options, see `common.fields`; they become `config.eval.<name>`,
-  `default() -> ConfigDict` (optional): its options, where it has no `SECTION`,
-  `RULES` (optional): what these must be, rows of (option, predicate of its value, "must be ..."),
   `prepare(path, section, settings) -> Task`: reads and checks the data at `path` before any weights are loaded, and
     raises a UserError that names the file and row where something is wrong. `section` is the task's own section of
     `config.eval`, which it parses into a dataclass of its own; `settings` is the part that all tasks share.

@@ -110,8 +110,7 @@ class Towers:
         self.spec, self.mesh, self.settings = spec, mesh, settings
         self.readout = parse_readout(spec.readout)
         self._vision = partition.disassemble(names.abstract("vision", spec, dtype=jnp.dtype(settings.dtype)))[0]
-        devices = mesh.devices.size
-        self.batch = -(-settings.batch_size // devices) * devices
+        self.batch = -(-settings.batch_size // mesh.size) * mesh.size
         self._pixels = jax.ShapeDtypeStruct((spec.image_size, spec.image_size, 3), np.uint8)
         self._encode_images = self._compiled(self._image_step, static_argnames="readout")
         self._encode_texts = self._compiled(lambda arrays, ids: self._text.merge(arrays).encode(ids))

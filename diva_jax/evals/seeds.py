@@ -38,19 +38,24 @@ def _over_runs(scores: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {"score": float(np.mean(runs)), "interval": None, "runs": runs, "runs_interval": student(runs)}
 
 
+def _shared(results: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The metrics that all have: a run whose gradient is zero has none of the gradient's direction."""
+    return [m for m in results[0]["scores"] if all(m in r["scores"] for r in results)]
+
+
 def outcome(task: Task, members: Sequence[Outcome]) -> dict[str, Any]:
     """The results of a group: the means over its runs of all scores, and of the scores of patterns."""
     results = [m.results for m in members]
     if len(members) == 1:
         return results[0]
-    scores = {metric: _over_runs([r["scores"][metric] for r in results]) for metric in results[0]["scores"]}
+    scores = {m: _over_runs([r["scores"][m] for r in results]) for m in _shared(results)}
     if isinstance(task, ItemTask):
         for metric in scores:
             values, how = _items(task, metric, members)
             scores[metric]["interval"] = stats.estimate(values, **how)["interval"]
     patterns = []
     for parts in zip(*(r.get("patterns", []) for r in results), strict=True):
-        means = {metric: _over_runs([p["scores"][metric] for p in parts]) for metric in parts[0]["scores"]}
+        means = {m: _over_runs([p["scores"][m] for p in parts]) for m in _shared(parts)}
         patterns.append(parts[0] | {"scores": means})
     notes = list(dict.fromkeys(note for r in results for note in r.get("notes", [])))
     return {"scores": scores, "patterns": patterns, "notes": notes}
@@ -62,8 +67,8 @@ def compare(task: Task, before: Sequence[Outcome], after: Sequence[Outcome]) -> 
         return task.compare(before[0], after[0])
     cells = [[task.compare(b, a) for b in before] for a in after]
     scores, rows = {}, [values for row in cells for values in row[0].get("rows", [])]
-    for metric, first in cells[0][0]["scores"].items():
-        kind = "difference" if "difference" in first else "score"
+    for metric in _shared([cell for row in cells for cell in row]):
+        kind = "difference" if "difference" in cells[0][0]["scores"][metric] else "score"
         table = np.array([[cell["scores"][metric][kind] for cell in row] for row in cells])
         runs = table.mean(axis=1) if len(after) > 1 else table.mean(axis=0)
         sides = [[m.results["scores"][metric]["score"] for m in side] for side in (after, before) if kind != "score"]

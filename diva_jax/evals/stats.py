@@ -23,13 +23,16 @@ def bootstrap(
     """The 95% percentile bootstrap interval [low, high] of the mean of values [N], in their unit, the same for a seed.
 
     With `strata`, labels [N], the mean is that of the strata's means, and items are drawn within each: for a benchmark
-    with a fixed number of items of each kind. With `clusters`, labels [N], whole clusters are drawn: for items that are
-    not independent, such as the captions of one image."""
+    with a fixed number of items of each kind. Strata of one item are drawn as one of several. With `clusters`, labels
+    [N], whole clusters are drawn: for items that are not independent, such as the captions of one image. The deviations
+    of a stratum of n draws are multiplied by sqrt(n / (n - 1)): the variance of a resample is too small by that."""
     values = np.asarray(values, np.float64)
-    strata = np.zeros(len(values), int) if strata is None else np.asarray(strata)
-    rng, parts = np.random.default_rng(seed), []
+    strata = np.zeros(len(values), int) if strata is None else np.unique(strata, return_inverse=True)[1]
+    strata = np.where(np.bincount(strata)[strata] == 1, -1, strata)
+    rng, parts, shares = np.random.default_rng(seed), [], []
     for stratum in np.unique(strata):
         here = strata == stratum
+        shares.append(here.sum() if stratum < 0 else 1)
         sums, counts = values[here], np.ones(here.sum())
         if clusters is not None:
             _, index = np.unique(np.asarray(clusters)[here], return_inverse=True)
@@ -41,8 +44,10 @@ def bootstrap(
         for start in range(0, resamples, chunk):
             drawn = rng.multinomial(len(sums), weights / len(sums), size=min(chunk, resamples - start))  # [R, levels]
             means.append((drawn @ levels[:, 0]) / (drawn @ levels[:, 1]))
-        parts.append(np.concatenate(means))
-    return [float(q) for q in np.quantile(np.mean(parts, axis=0), (0.025, 0.975))]
+        middle, n = sums.sum() / counts.sum(), len(sums)
+        parts.append(middle + (np.concatenate(means) - middle) * (n / max(n - 1, 1)) ** 0.5)
+    drawn = np.average(parts, axis=0, weights=shares).clip(values.min(), values.max())
+    return [float(q) for q in np.quantile(drawn, (0.025, 0.975))]
 
 
 def mean_ratio(numerators: np.ndarray, denominators: np.ndarray) -> np.ndarray:

@@ -131,7 +131,7 @@ class Objective(StableDiffusionObjective):
     def __init__(self, config, *, rngs):
         self.options = parse(DivaOptions, config.diva, "config.diva")
         super().__init__(config, config.data.image_size, self.options.vae_view)
-        self.accum = config.accum
+        self.accum, self.compares_images = config.accum, self.options.condition_of == "next"
         self.check_timesteps("diva")
         check_fit(self.spec.select, self.spec.add_text, self.spec.patches, self.diffusion.text_tokens)
         self.vision = contract.vision_tower(config, self.spec, rngs)

@@ -27,6 +27,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from diva_jax.common import paths
+from diva_jax.common.errors import UserError
 from diva_jax.common.fields import at_least, between, choice, field, parse
 from diva_jax.data import inputs, preprocess
 from diva_jax.models.backbones.shared.transformer import Text
@@ -94,12 +95,15 @@ def recipe(config: ConfigDict) -> None:
 
 @functools.lru_cache
 def chooser(o: JudgeOptions) -> inputs.Alternatives:
-    """What makes the texts of a record; a UserError where a file that it needs is missing or wrong."""
+    """What makes the texts of a record; a UserError where a file is missing or wrong, or no text known to be right."""
     of_caption = o.neutral == "caption"
     if o.texts == "edits":
         return inputs.Edits(o.count, of_caption, paths.expanded(o.lexicon) if o.lexicon else inputs.LEXICON)
     if o.texts == "records":
         return inputs.Listed(o.count, of_caption)
+    if o.verdict == "first":
+        problem = "config.judge.verdict=first takes the first text for right, and classes are in a random order"
+        raise UserError(f"{problem}: use config.judge.texts=records")
     return inputs.Classes.read(o.count, of_caption, o.classes, o.template)
 
 

@@ -89,8 +89,6 @@ def validate(config: ConfigDict) -> None:
     o, spec = parse(SalmOptions, config.salm, "config.salm"), backbones.spec_of(config)
     if o.adapter.width % o.adapter.heads:
         raise UserError(f"config.salm.adapter.heads={o.adapter.heads} must divide its width, {o.adapter.width}")
-    if config.batch_size // config.accum < 2:
-        raise UserError("config.salm needs two images per micro-batch for its uniformity: raise config.batch_size")
     if o.teacher == FROZEN and (grid := backbones.spec_of(config, "teacher").grid) != spec.grid:
         problem = f"config.teacher sees {grid} x {grid} patches and config.backbone {spec.grid} x {spec.grid}"
         raise UserError(f"{problem}: set config.teacher.image_size={spec.grid * config.teacher.patch_size}")

@@ -115,6 +115,7 @@ class Objective(StableDiffusionObjective):
 
     def __init__(self, config, *, rngs):
         self.options = parse(UnclipOptions, config.unclip, "config.unclip")
+        self.compares_images = self.options.condition_of == "next"
         super().__init__(config, config.data.image_size)
         width, kind = self.diffusion.unet.class_embed_dim, self.diffusion.scheduler.prediction_type
         if width is None:

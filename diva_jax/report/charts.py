@@ -203,7 +203,6 @@ def _add_tooltips(drawing: Drawing, texts: dict[float, str]) -> None:
 
 def moving_mean(data: Sequence[tuple[float, float]], window: int) -> list[tuple[float, float]]:
     """Returns, for each point, the mean over about `window` points around it (fewer at the ends)."""
-    total = np.concatenate([[0.0], np.cumsum([y for _, y in data])])
-    at = np.arange(len(data))
+    total, at = np.cumsum([0.0, *(y for _, y in data)]), np.arange(len(data))
     first, last = np.maximum(0, at - window // 2), np.minimum(len(data), at + window // 2 + 1)
     return [(x, float(mean)) for (x, _), mean in zip(data, (total[last] - total[first]) / (last - first), strict=True)]

@@ -115,13 +115,13 @@ def verdict(difference: Difference, better: str) -> str:
     if not kind:
         return "This difference has no interval, so chance cannot be excluded."
     if kind == "zero":
+        if difference.mcnemar and excludes_zero(difference.interval):
+            return "Zero is outside of the interval, but the exact test does not exclude chance: no difference shown."
         over = "" if not difference.runs_interval or excludes_zero(difference.runs_interval) else " over runs"
         return f"Zero is within the interval{over}: these data show no difference."
-    test = difference.mcnemar
-    doubt = ", but the exact test does not exclude chance" if test and test.p >= 0.05 else ""
     names = {"up": "Higher", "down": "Lower", "won": "Better", "lost": "Worse"}
     why = "every resample has the same difference" if difference.all_agree else "zero is outside of the interval"
-    return f"{names[kind.split()[-1]]}: {why}{doubt}."
+    return f"{names[kind.split()[-1]]}: {why}."
 
 
 def p_value(p: float) -> str:

@@ -178,6 +178,9 @@ class Program:
         if config.data.latents and not self.objective.cacheable:
             problem = f"config.objective={config.objective} has no frozen model whose outputs could be cached"
             raise UserError(f"{problem}: leave config.data.latents empty")
+        if self.objective.compares_images and config.batch_size // config.accum < 2:
+            problem = f"config.objective={config.objective} compares the images of a micro-batch, of which there is one"
+            raise UserError(f"{problem}: use a larger config.batch_size, or a smaller config.accum")
         self.stages = objectives.stages(config)
         self.skeleton, shapes = partition.disassemble(self.objective)
         frozen = tuple(f"{term}/" for term in terms.wanted(config))

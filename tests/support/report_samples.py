@@ -59,7 +59,8 @@ def pairs_task(pairs, matches):
     compared = {}
     for metric in metrics:
         ends = matches if metric == "pooled_match" else pairs
-        compared[metric] = {"difference": sum(ends) / 2, "interval": ends, "mcnemar": {"won": 6, "lost": 4, "p": 0.7}}
+        test = {"won": 6, "lost": 4, "p": 0.7} if ends[0] <= 0 <= ends[1] else {"won": 9, "lost": 1, "p": 0.02}
+        compared[metric] = {"difference": sum(ends) / 2, "interval": ends, "mcnemar": test}
     out["weights"] = {w: {"scores": {m: score(40.0, 5.0) for m in metrics}} for w in (BEFORE, AFTER)}
     out["comparisons"] = [{"before": BEFORE, "after": AFTER, "scores": compared}]
     return out | {"metrics": metrics}

@@ -35,7 +35,7 @@ class ChoiceOptions:
 class Metric(NamedTuple):
     """A score of a set, by key and with the reader's name for it. `answers` is a key of `stats.ANSWERS`. `all_of`:
     groups of this kind count, where all of their items are right. `mean_over`: the mean of the means of groups of this
-    kind, without those with fewer than `at_least` items."""
+    kind, but for those that are called as in `without` and those with fewer than `at_least` items."""
 
     name: str
     title: str
@@ -43,6 +43,7 @@ class Metric(NamedTuple):
     all_of: str = ""
     mean_over: str = ""
     at_least: int = 1
+    without: Sequence[str] = ()
 
 
 _TABLES = packaged(__file__, "choice.json")
@@ -117,9 +118,9 @@ def counted(metric: Metric, right: np.ndarray, items: Sequence[Item]) -> Values:
     labels, index, counts = np.unique(
         [item.groups[metric.mean_over] for item in items], return_inverse=True, return_counts=True
     )
-    kept = counts[index] >= metric.at_least
+    kept = ((counts >= metric.at_least) & ~np.isin(labels, metric.without))[index]
     if not kept.any():
-        where, few = items[0].where.rpartition(",")[0], f"no class has {metric.at_least} items"
+        where, few = items[0].where.rpartition(",")[0], f"no class that counts has {metric.at_least} items"
         raise UserError(f"{where}: {few}, so nothing can be averaged: give the whole file")
     return Values(right[kept], strata=labels[index][kept], tested=False)
 

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from diva_jax.common import paths
 from diva_jax.common.errors import UserError, listing
-from diva_jax.common.fields import Rule, above, at_least, field
+from diva_jax.common.fields import above, at_least, between, field
 from diva_jax.data import labelled
 from diva_jax.evals import AT, QUERIES, ClassificationTask, Classified, Settings, encode, resolved
 from diva_jax.evals.tasks import zeroshot
@@ -124,9 +124,7 @@ class ProbeOptions:
         0.0, "The weight decay of the linear probe; 0: it is searched on a part of the training split.", at_least(0)
     )
     held_out: float = field(
-        0.2,
-        "The weight decay is searched on this share of the training split, chosen by the seed.",
-        Rule(lambda share: 0 < share < 1, "must be between 0 and 1"),
+        0.2, "The weight decay is searched on this share of the training split, drawn by the seed.", between(0.01, 0.99)
     )
     iterations: int = field(1000, "The linear probe is fitted with at most this many steps of L-BFGS.", at_least(1))
 

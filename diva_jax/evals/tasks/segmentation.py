@@ -211,6 +211,7 @@ class Segmentation(Task):
         if not hasattr(backbones.architecture(spec.arch).Vision, "encode_dense") or not spec.has_text:
             raise UserError(f"segmentation needs patch tokens in the text's space, which {spec.arch} does not have")
         self.window, self.interpolation, self.grid = spec.image_size, spec.interpolation, spec.grid
+        self.seen = spec.grid * spec.patch_size  # Pixels of a window's side in whole patches; further ones have none.
         self.stride = self.options.stride or self.window // 2
         side = self.options.short_side or self.window * 3 // 2
         if side < self.window or self.stride > self.window:
@@ -243,7 +244,8 @@ class Segmentation(Task):
             for (_, y, x), window in of_image:
                 table = (encode.unit(window) @ texts.T).astype(np.float32).reshape(self.grid, self.grid, -1)
                 shown = np.s_[y : y + self.window, x : x + self.window]
-                total[shown] += resized(table, self.window, self.window)
+                beyond = (0, self.window - self.seen)
+                total[shown] += np.pad(resized(table, self.seen, self.seen), (beyond, beyond, (0, 0)), "edge")
                 seen[shown] += 1
             yield total / seen
 

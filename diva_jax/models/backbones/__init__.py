@@ -111,10 +111,7 @@ class Spec:
     heads: int = field(16, "The heads of the transformer's attention.", between(1, 1024))
     mlp_dim: int = field(4096, "The hidden width of the transformer's MLPs.", between(1, _MAX_WIDTH))
     embed_dim: int = field(768, "The width of the image embedding.", between(1, _MAX_WIDTH))
-    activation: str = choice(
-        (*ACTIVATIONS, "swiglu"),
-        'The activation of the MLPs is a name in layers.ACTIVATIONS; dinov2 may also have "swiglu".',
-    )
+    activation: str = choice((*ACTIVATIONS, "swiglu"), "The activation of the MLPs; swiglu is for dinov2 alone.")
     norm_eps: float = field(1e-5, "The epsilon of the LayerNorms.", between(0, 1))
     mean: tuple[float, ...] = field(
         OPENAI_MEAN,

@@ -2,20 +2,16 @@
 
 import dataclasses
 
-from ml_collections import ConfigDict
-
+from diva_jax.common.fields import above, field
 from diva_jax.evals import Outcome, Task
-
-RULES = (("scale", lambda x: x > 0, "must be above 0"),)
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    scale: float = 2.0
+    scale: float = field(2.0, "The factor.", above(0))
 
 
-def default():
-    return ConfigDict(dataclasses.asdict(Options()))
+SECTION = Options
 
 
 class Length(Task):

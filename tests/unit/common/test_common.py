@@ -160,19 +160,6 @@ def test_the_package_imports_nothing_and_a_command_what_every_run_needs():
     assert set(diva_jax.__all__) <= set(dir(diva_jax))
 
 
-def test_commands_are_functions_whatever_was_imported_before():
-    code = """
-import diva_jax.training.loop, diva_jax.weights.export.publish, diva_jax
-from diva_jax import export, train
-assert export is diva_jax.api.export is diva_jax.export and train is diva_jax.api.train is diva_jax.train
-try:
-    export("nowhere", "out")
-except diva_jax.common.errors.UserError as e:
-    print(e)
-"""
-    assert "nowhere" in run(code)
-
-
 # A command that says that it waits: in the main program, or in the garbage collector, where Python drops exceptions.
 COMMAND = """
 import atexit, gc, os, sys, time

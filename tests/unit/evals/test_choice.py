@@ -50,7 +50,8 @@ def paired(items):
 def by_class(counts, least, items):
     right = first_wins(items)
     parts = np.split(right, np.cumsum(list(counts.values()))[:-1])
-    return {"accuracy": np.mean([p.mean() for p in parts if len(p) >= least]), "items": right.mean()}
+    kept = [p.mean() for name, p in zip(counts, parts, strict=True) if len(p) >= least and name != "next to"]
+    return {"accuracy": np.mean(kept), "items": right.mean()}
 
 
 def controlled(items):
@@ -58,7 +59,7 @@ def controlled(items):
     return {"single": right.mean(), "pair": right.all(1).mean(), "set": right.reshape(-1, 4).all(1).mean()}
 
 
-RELATIONS, ATTRIBUTES = {"on": 5, "behind": 3}, {"a_b": 26, "c_d": 9}
+RELATIONS, ATTRIBUTES = {"on": 5, "behind": 2, "next to": 1}, {"a_b": 26, "c_d": 9}
 # Set of choices.json -> (its scores by hand, the number of its items that are used).
 LAYOUTS = {"add_att": (accuracy, 7), "existence": (accuracy, 4), "winoground": (paired, 5), "naturalbench": (paired, 6)}
 LAYOUTS["vg_relation"] = partial(by_class, RELATIONS, 1), 8

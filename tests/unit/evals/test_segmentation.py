@@ -1,6 +1,7 @@
 """Segmentation: windows, synonyms, background and mIoU by hand; VOC's, ADE20K's and Cityscapes' layouts; bad files."""
 
 import base64
+import dataclasses
 import io
 
 import numpy as np
@@ -72,7 +73,7 @@ def write(root, name):
 def prepare(path, bind=True, **options):
     task = prepared("segmentation", path, 200, **{"allow_partial": True} | options)
     if bind:
-        task.bind(eval_config(CLIP, "x"), None)
+        task.bind(eval_config(dataclasses.replace(CLIP, image_size=44), "x"), None)  # Patches cover 42 pixels.
     return task
 
 
@@ -89,18 +90,19 @@ def test_layouts_and_miou(tmp_path, name):
     task = prepare(f"{name}={write(tmp_path, name)}")
     assert task.count == COUNT and len(task.names) == segmentation.SETS[name].classes
     model, found, _ = evaluated(task, Dense)
-    assert model.last == "sclip" and all(w.shape == (42, 42, 3) for w in model.windows)
+    assert model.last == "sclip" and all(w.shape == (44, 44, 3) for w in model.windows)
     classes = len(task.names)
     texts = unit(np.stack([unit(model.texts(prompts)).mean(0) for prompts in task._prompts]))
     confused = np.zeros((classes, classes))
     for i, (_, label_path, _) in enumerate(task.pairs):
         h, w = task.sizes[i]
-        assert min(h, w) == 63
+        assert min(h, w) == 66
         total, seen = np.zeros((h, w, len(texts))), np.zeros((h, w, 1))
         for n, (owner, y, x) in enumerate(task.windows):
             if owner == i:
-                total[y : y + 42, x : x + 42] += bilinear((unit(model.tokens[n]) @ texts.T).reshape(3, 3, -1), 42, 42)
-                seen[y : y + 42, x : x + 42] += 1
+                seen[y : y + 44, x : x + 44] += 1
+                cosines = bilinear((unit(model.tokens[n]) @ texts.T).reshape(3, 3, -1), 42, 42)
+                total[y : y + 44, x : x + 44] += np.pad(cosines, ((0, 2), (0, 2), (0, 0)), "edge")
         assert seen.min() >= 1
         raw = np.asarray(Image.open(label_path)).astype(int)
         logits = 40 * bilinear(total / seen, *raw.shape)

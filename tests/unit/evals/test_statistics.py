@@ -41,6 +41,16 @@ def test_interval_equals_plain_resampling(kind):
     assert ours == again and (kind != "clusters" or ours[1] - ours[0] > 1.5 * (single[1] - single[0]))
 
 
+@pytest.mark.parametrize("size, most", [(2, 0.98), (1, 1.0)])
+def test_the_interval_of_a_mean_over_small_classes_holds_the_mean_of_the_classes(size, most):
+    rng, labels, held = np.random.default_rng(1), np.repeat(np.arange(60), size), []
+    for seed in range(250):
+        share = rng.beta(2, 2, 60)
+        low, high = stats.bootstrap(rng.random(len(labels)) < share[labels], resamples=300, seed=seed, strata=labels)
+        held.append(low <= share.mean() <= high)
+    assert 0.91 < np.mean(held) <= most
+
+
 def test_exact_means_and_mcnemars_test():
     values = np.array([1e16, 1.0, -1e16] * 5)
     assert stats.mean(values) == stats.mean(values[::-1]) == 5 / 15
@@ -159,6 +169,8 @@ def test_a_group_is_the_mean_of_its_runs_over_items_and_over_runs(counts):
         assert scored["score"] == pytest.approx(np.mean(mean))
         assert scored.get("runs", []) == (pytest.approx(mean) if len(side) > 1 else [])
     assert seeds.outcome(task, after)["patterns"][0]["scores"]["first"]["score"] == 7.0
+    del after[-1].results["scores"]["matches"]  # As where the gradient of one of the runs is zero.
+    assert [*seeds.outcome(task, after)["scores"]] == ["first"]
     task, (b,), (a,) = Marks(), outcomes(1, 0.4), outcomes(1, 0.6, 1)
     assert seeds.compare(task, [b], [a]) == task.compare(b, a) and seeds.outcome(task, [a]) is a.results
 
