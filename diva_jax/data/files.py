@@ -70,8 +70,7 @@ def no_path(cell: str, allow_urls: bool = True) -> str:
         return f"a text of {len(cell)} characters is no path: write images as files, or as bytes in Parquet"
     if not is_remote(cell) or allow_urls:
         return ""
-    advice = "fetch the images and give paths (training with data.allow_urls=True fetches them)"
-    return f"{brief(cell)} is a URL: {advice}"
+    return f"{brief(cell)} is a URL: fetch the images and give paths (training with data.allow_urls=True fetches them)"
 
 
 def expand(pattern: str) -> list[str]:

@@ -166,8 +166,7 @@ def caption_csv(path: Path) -> Images:
         captions.setdefault(os.path.normpath(row["image"]), []).append(row["caption"])
     paths = [path.parent / name for name in captions]
     if gone := next((p for p in paths if not os.path.isfile(p)), None):
-        problem = f"{path} names {brief(str(gone), 300)}, which does not exist"
-        raise UserError(f"{problem}: fetch the image or remove its rows")
+        raise UserError(f"{path} names {brief(str(gone), 300)}, which does not exist: fetch it or remove its rows")
     if not paths:
         raise UserError(f"{path} has no rows: it needs image,caption in each")
     return image_files(paths, list(captions.values()), path.parent)

@@ -292,8 +292,7 @@ def open_tables(
             parts.append(opens[kind](file, options))
     without = [part.path for part in parts if not part.columns[1]]
     if 0 < len(without) < len(parts):
-        problem = f"{without[0]} has no column with captions, but {len(parts)} files must agree"
-        raise UserError(f"config.data.path: {problem}")
+        raise UserError(f"config.data.path: {without[0]} has no column of captions, but {len(parts)} files must agree")
     if (largest := parts[0].row_group_bytes) > _LARGE_ROW_GROUP_BYTES:
         many = f"{parts[0].path} has row groups of up to {largest // 2**20} MB, one of which is read for every image"
         log.warn("%s: %s, or as a folder of save_to_disk", many, _SMALLER)

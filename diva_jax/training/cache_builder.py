@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import math
+import shlex
 import shutil
 from collections.abc import Iterator
 
@@ -173,12 +174,11 @@ class Builder:
             for position in range(self._where.size):
                 self._where[position // m.records, order[position]] = position
             self._encode = self._encoder()
-        advice = "see that the folder can be written and has space, then run the same command, which goes on after"
-        advice = f"{advice} the last complete shard"
+        advice = "make room there, then run the same command, which goes on after the last complete shard"
         with log.progress("encoding", sum(len(m.range(s)) for s in missing) * m.crops, "crops") as self._progress:
             for shard in missing:
                 with explained(f"{self._named}: {m.file(shard)} cannot be written", advice, kind=RunError):
                     write_shard(self.folder, m.file(shard), self._entries(shard))
         distributed.check_same({"the cache": m.fingerprint})  # All processes are done.
         broken = f"; {self._decoder.count} broken images have none" if self._decoder.count else ""
-        log.say(f"done{broken}; train with --config.data.latents={self.folder}")
+        log.say(f"done{broken}; train with --config.data.latents={shlex.quote(str(self.folder))}")

@@ -37,8 +37,7 @@ def _explicit() -> dict | None:
     numbers = count.isdecimal() and index.isdecimal() and int(index) < int(count)
     if not re.fullmatch(r".+:\d+", address) or not numbers:
         there = ", ".join(f"{n}={given.get(n, '')}" for n in names)
-        problem = f"{there}: set HOST:PORT of process 0, their number, and 0 to one less than it"
-        raise UserError(f"{problem}; or none of them")
+        raise UserError(f"{there}: set HOST:PORT of process 0, their number, and 0 to one less than it, or none")
     return {"coordinator_address": address, "num_processes": int(count), "process_id": int(index)}
 
 

@@ -55,7 +55,7 @@ class Run:
     -m diva_jax.aot --save` wrote. A UserError, before the workdir is changed, where something given is invalid."""
 
     def __init__(self, config, workdir: epath.PathLike, init_from: str | None = None, saved: str | None = None):
-        self.config, self.workdir = config, paths.folder(workdir, "--workdir")
+        self.config, self.workdir, self.init_from = config, paths.folder(workdir, "--workdir"), init_from
         paths.check_writable(self.workdir, "--workdir")
         configs.validate(config, jax.device_count())
         if config.log.wandb and importlib.util.find_spec("wandb") is None:
@@ -174,6 +174,9 @@ class Run:
             )
         if resumes:
             say(f"resumed from the checkpoint of step {self.start}")
+            if self.init_from:
+                began = f"{record['workdir']}, step {record['step']}" if record else "the weights of its config alone"
+                say(f"note: --init_from={self.init_from} is not read again: this run began with {began}")
             if self.steps_before and (note := workdirs.extension(program, self.start, self.steps_before)):
                 say(note)
         self.state, self.frozen = state, {n: arrays[n] for n in program.abstract_frozen()}

@@ -325,9 +325,9 @@ def whole_towers(params: Mapping[str, np.ndarray], spec: Spec) -> dict[str, dict
 def open_run(workdir: epath.PathLike, step: int | None = None) -> ClipSource:
     """Opens the tuned model of a run, with both towers, at a step, by default the last. The source's `run` has the
     workdir, the step, the config, the files of each pretrained part ("sources"), the source of the initial weights
-    ("base") and the names of the tuned towers ("tuned"). Its files are those of the initial weights, and the
-    description of the checkpoint with the checksums of its arrays. A UserError where there is no such checkpoint, it
-    has trained no parameter of a tower, or the initial weights are missing or have changed."""
+    ("base"), the record of --init_from ("taken") and the names of the tuned towers ("tuned"). Its files are those of
+    the initial weights, and the description of the checkpoint with the checksums of its arrays. A UserError where there
+    is no such checkpoint, it has trained no parameter of a tower, or the initial weights are missing or changed."""
     from diva_jax.training import workdirs  # The layer above, which only a run needs.
 
     run = workdirs.RunAt.open(workdir, step)
@@ -341,6 +341,6 @@ def open_run(workdir: epath.PathLike, step: int | None = None) -> ClipSource:
     with explained(problem, "try again, or train with a larger config.checkpoint.keep", FileNotFoundError):
         files = [*base.tensors.files, *sorted(described.iterdir())]
     record = dict(workdir=str(workdir), step=run.step, sources=run.sources, base=base.where, tuned=tuned)
-    record["config"], tensors = json.loads(run.config.to_json()), base.tensors | in_open_clip_names(towers, spec)
-    where, tensors = f"{workdir}, step {run.step}", Tensors(tensors, files)
-    return ClipSource(where, "checkpoint", tensors, spec, tokenizer=base.tokenizer, run=record)
+    record["config"], record["taken"] = json.loads(run.config.to_json()), run.taken
+    where, tensors = f"{workdir}, step {run.step}", base.tensors | in_open_clip_names(towers, spec)
+    return ClipSource(where, "checkpoint", Tensors(tensors, files), spec, tokenizer=base.tokenizer, run=record)

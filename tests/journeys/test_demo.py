@@ -36,8 +36,7 @@ def test_the_demo_tunes_the_documented_arms(tmp_path):
 @pytest.mark.slow
 def test_the_demo_ends_within_what_the_experiment_had(tmp_path):
     """As it is: docs/DOES_IT_WORK.md."""
-    code, _, err = commands.finish(commands.start("world.demo", "--out=whole_demo", cwd=tmp_path), 3600)
-    assert code == 0, err
+    assert commands.finish(commands.start("world.demo", "--out=whole_demo", cwd=tmp_path), 3600)[0] == 0
     kept = json.loads(demo.SCORES.read_text())
     results = json.loads((tmp_path / "whole_demo/eval/results.json").read_text())["tasks"]["mmvp"]["weights"]
     # The fact that is absent: over all four, its gain of about 20 points is a quarter as large.

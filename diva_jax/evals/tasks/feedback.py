@@ -250,8 +250,7 @@ class Feedback(Task):
         """`feedback/METRIC`, and for each bin `feedback_by_timestep/METRIC/LOW-HIGH`."""
         out = {f"{name}/{m}": s for m, s in outcome.results["scores"].items()}
         for b in outcome.results["timesteps"]:
-            where = f"{b['low']:03}-{b['high'] - 1:03}"
-            out |= {f"{name}_by_timestep/{m}/{where}": s for m, s in b["scores"].items()}
+            out |= {f"{name}_by_timestep/{m}/{b['low']:03}-{b['high'] - 1:03}": s for m, s in b["scores"].items()}
         return out
 
 

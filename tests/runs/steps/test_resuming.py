@@ -13,6 +13,7 @@ from diva_jax import objectives
 from diva_jax.data import preprocess
 from diva_jax.training import checkpoint, workdirs
 from diva_jax.training.loop import Run
+from diva_jax.weights import origins
 
 
 def test_defaults_have_neither():
@@ -99,11 +100,12 @@ def test_a_second_run_starts_from_the_first_and_resumes(files, tmp_path, capsys)
     # Resuming: what is frozen comes from the first run again, whatever --init_from says.
     resumed = Run(second, tmp_path / "two", "nowhere")
     resumed.load()
+    assert f"=nowhere is not read again: this run began with {tmp_path}/one, step 3" in capsys.readouterr().out
     again = resumed.frozen | resumed.state["params"]
     chex.assert_trees_all_equal(again, {n: a + 0.25 * (n not in taken) for n, a in after.items()})
     assert resumed.inherited["step"] == 3 and resumed.inherited["frozen"] == sorted(taken)
     resumed.batches.close()
-    assert set(workdirs.RunAt.open(tmp_path / "two").towers()) == {"vision"}
+    assert origins.open_run(tmp_path / "two").run["taken"] == resumed.inherited
 
 
 def test_a_run_of_other_models_is_refused(files, tmp_path):

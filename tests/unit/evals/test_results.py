@@ -21,7 +21,6 @@ from specs import EVAL_CLIP as CLIP, EVAL_SIGLIP as SIGLIP
 
 from diva_jax import config, evals
 from diva_jax.common import results_schema
-from diva_jax.common.fields import default_of
 from diva_jax.evals import Settings, encode, evaluator, results, stats, weight_sets
 from diva_jax.models.backbones import TABLE, Features, build
 from diva_jax.models.backbones.shared.transformer import Text
@@ -205,7 +204,7 @@ def test_a_task_from_outside_the_package(tmp_path, monkeypatch):
     task = evaluator.Evaluator(c, mesh, {outside: "four"}).tasks["length"]
     assert task.options.scale == 2.0 and task.settings.seed == 7  # No section: the defaults.
     with c.unlocked():
-        c.eval.length = default_of(evals.find(outside))
+        c.eval.length = evals.default((outside,)).length
     c.eval.length.scale = 3.0
     config.validate(c, 1)
     run = evaluator.Evaluator(c, mesh, evals.entries(c.eval.data, ""))
