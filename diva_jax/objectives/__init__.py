@@ -4,7 +4,6 @@ An objective module defines
   `Objective`: a subclass of `contract.Objective`;
   `SECTION` (optional): the dataclass of its own fields, see `common.fields`; they become
     `config.<last component of the name>`;
-  `default() -> ConfigDict` (optional): their values, where they differ from `SECTION` or it has none;
   `SECTIONS` (optional): names of shared sections that its configs have, see `config.SECTIONS`;
   `recipe(config) -> None` (optional): sets the general fields of a config to the published values;
   `stages(config) -> tuple[Stage, ...]` (optional): default one stage that trains `config.trainable`;
