@@ -25,7 +25,7 @@ def bootstrap(
     With `strata`, labels [N], the mean is that of the strata's means, and items are drawn within each: for a benchmark
     with a fixed number of items of each kind. Strata of one item are drawn as one of several. With `clusters`, labels
     [N], whole clusters are drawn: for items that are not independent, such as the captions of one image. The deviations
-    of a stratum of n draws are multiplied by sqrt(n / (n - 1)): the variance of a resample is too small by that."""
+    of a stratum of n draws are multiplied by sqrt(n / (n - 1)): their variance is (n - 1) / n of that of new items."""
     values = np.asarray(values, np.float64)
     strata = np.zeros(len(values), int) if strata is None else np.unique(strata, return_inverse=True)[1]
     strata = np.where(np.bincount(strata)[strata] == 1, -1, strata)
