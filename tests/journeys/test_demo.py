@@ -35,9 +35,9 @@ def test_the_demo_tunes_the_documented_arms(tmp_path):
 
 @pytest.mark.slow
 def test_the_demo_ends_within_what_the_experiment_had(tmp_path):
-    """As it is: docs/DOES_IT_WORK.md."""
-    assert commands.finish(commands.start("world.demo", "--out=whole_demo", cwd=tmp_path), 3600)[0] == 0
-    kept = json.loads(demo.SCORES.read_text())
+    """As it is, with optimised code: docs/DOES_IT_WORK.md."""
+    assert commands.finish(commands.start("world.demo", "--out=whole_demo", cwd=tmp_path, XLA_FLAGS=""), 3600)[0] == 0
+    kept = json.loads(demo.SCORES.read_text())["early"]
     results = json.loads((tmp_path / "whole_demo/eval/results.json").read_text())["tasks"]["mmvp"]["weights"]
     # The fact that is absent: over all four, its gain of about 20 points is a quarter as large.
     relation = [next(p for p in w["patterns"] if p["name"] == "relation") for w in results.values()]
