@@ -62,11 +62,12 @@ def write_shards(folder: Path, count: int, shorter: int) -> str:
 
 
 def _config(path: str, threads: int):
-    from ml_collections import ConfigDict
+    from diva_jax import config
 
-    crop = {"scale": SCALE, "ratio": RATIO, "interpolation": "bicubic"}
-    fields = dict(prefetch=2, max_broken_share=0.0, stall_timeout=600.0, decode_gib=4.0)
-    return ConfigDict({"path": path, "image_size": _SIZE.value, "crop": crop, "threads": threads, **fields})
+    data = config.default().data
+    data.update(path=path, image_size=_SIZE.value, threads=threads)
+    data.crop.update(scale=SCALE, ratio=RATIO)
+    return data
 
 
 def ours(path: str, workers: int):

@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import commands
@@ -11,6 +12,8 @@ from places import ROOT
 
 # Name -> [arguments, of `main` where they do not begin with a command; what the line must contain, or texts of it all].
 REFUSED, SHOWN = json.loads(Path(__file__).with_name("messages.json").read_text()).values()
+# Command of bench/ -> what it prints.
+SCRIPTS = json.loads(Path(__file__).with_name("bench.json").read_text())
 
 
 @pytest.fixture(scope="module")
@@ -46,3 +49,10 @@ def test_the_help_of_a_script():
 def test_every_config_of_the_repository_is_found_by_name():
     found, there = ({f.name for f in (ROOT / folder).glob("*.py")} for folder in ("diva_jax/configs", "configs"))
     assert found == there
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_script_of_bench_runs(tmp_path, script):
+    printed = commands.output(commands.launch(sys.executable, *f"bench/{script}".format(tmp=tmp_path).split()))
+    assert not [said for said in SCRIPTS[script] if said not in printed], printed
