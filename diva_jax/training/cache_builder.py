@@ -174,7 +174,7 @@ class Builder:
             for position in range(self._where.size):
                 self._where[position // m.records, order[position]] = position
             self._encode = self._encoder()
-        advice = "make room there, then run the same command, which goes on after the last complete shard"
+        advice = "see that it can be written and has space; the same command goes on after the last complete shard"
         with log.progress("encoding", sum(len(m.range(s)) for s in missing) * m.crops, "crops") as self._progress:
             for shard in missing:
                 with explained(f"{self._named}: {m.file(shard)} cannot be written", advice, kind=RunError):

@@ -106,6 +106,7 @@ def test_a_second_run_starts_from_the_first_and_resumes(files, tmp_path, capsys)
     assert resumed.inherited["step"] == 3 and resumed.inherited["frozen"] == sorted(taken)
     resumed.batches.close()
     assert origins.open_run(tmp_path / "two").run["taken"] == resumed.inherited
+    assert set(workdirs.RunAt.open(tmp_path / "two").towers()) == {"vision"}
 
 
 def test_a_run_of_other_models_is_refused(files, tmp_path):

@@ -138,6 +138,7 @@ def test_a_change_counts_where_the_interval_and_the_test_exclude_chance(n, won, 
     compared = task["comparisons"][0]["scores"]
     compared["pooled_match"] = stats.paired(*sides, resamples=20, seed=0) | {"mcnemar": stats.mcnemar(*sides)}
     assert gain * min(compared["pooled_match"]["interval"], key=abs) > 0
+    assert won < n or compared["pooled_match"]["interval"] == [100 * gain] * 2
     assert results.summaries({"mmvp": task})[0]["says"] == results.words(0, sign)
     compared["pooled_match"] |= {"runs": [100.0 * gain] * 2, "runs_interval": None}
     assert results.summaries({"mmvp": task})[0]["says"] == results.words(0, 0)
